@@ -1,0 +1,87 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "lm_head.h"
+#include "longvita/views.h"
+#include "projection.h"
+
+namespace py = pybind11;
+using namespace longvita;
+
+namespace {
+
+using Pair = std::array<int64_t, 2>;
+
+// The arguments that forward and backward share, in this order.
+#define LV_PROJECTION_ARGUMENTS                                                                                                          \
+  int dtype, std::array<int64_t, 6> sizes, uintptr_t x, Pair x_strides, uintptr_t ln_weight, uintptr_t ln_bias, uintptr_t w1,             \
+      int64_t w1_stride, uintptr_t b1, uintptr_t w2, int64_t w2_stride, uintptr_t b2, float eps, uintptr_t stats, uintptr_t z,             \
+      uintptr_t act, uintptr_t scratch, uintptr_t row_scratch, int threads
+
+ProjectionArgs arguments(LV_PROJECTION_ARGUMENTS) {
+  check(dtype >= 0 && dtype <= 2, "pixel_shuffle_projection: dtype must be float32, bfloat16 or float16");
+  for (int64_t size : sizes) check(size >= 0, "pixel_shuffle_projection: sizes must not be negative");
+  check(threads > 0, "pixel_shuffle_projection: needs at least one thread");
+  ProjectionArgs p = {};
+  p.dtype = DType(dtype);
+  p.tiles = sizes[0], p.grid_rows = sizes[1], p.grid_cols = sizes[2], p.channels = sizes[3], p.hidden = sizes[4], p.out = sizes[5];
+  check(p.grid_rows > 0 && p.grid_cols > 0 && p.grid_rows % 2 == 0 && p.grid_cols % 2 == 0, "pixel_shuffle_projection: the grid must be even");
+  check(p.channels > 0 && p.channels <= projection_kernels().max_channels, "pixel_shuffle_projection: too many channels for the scratch");
+  const int64_t tokens = p.tiles * (p.grid_rows / 2) * (p.grid_cols / 2), width = 4 * p.channels;
+  p.x = pointer<const char>(x, tokens * width, "x"), p.x_tile = x_strides[0], p.x_patch = x_strides[1];
+  p.ln_weight = pointer<const float>(ln_weight, width, "ln_weight"), p.ln_bias = pointer<const float>(ln_bias, width, "ln_bias");
+  p.w1 = pointer<const char>(w1, p.hidden * width, "w1"), p.w1_stride = w1_stride;
+  p.w2 = pointer<const char>(w2, p.out * p.hidden, "w2"), p.w2_stride = w2_stride;
+  p.b1 = reinterpret_cast<const float*>(b1), p.b2 = reinterpret_cast<const float*>(b2);
+  p.eps = eps;
+  p.stats = pointer<float>(stats, 2 * tokens, "stats");
+  p.z = reinterpret_cast<void*>(z);
+  p.act = reinterpret_cast<void*>(act);
+  p.scratch = pointer<float>(scratch, threads * lm_head_kernels().scratch_floats, "scratch");
+  p.row_scratch = pointer<float>(row_scratch, threads * projection_kernels().block_rows * width, "row_scratch");
+  p.threads = threads;
+  return p;
+}
+
+#define LV_PROJECTION_PASS                                                                                                                \
+  dtype, sizes, x, x_strides, ln_weight, ln_bias, w1, w1_stride, b1, w2, w2_stride, b2, eps, stats, z, act, scratch, row_scratch, threads
+
+void forward(LV_PROJECTION_ARGUMENTS, uintptr_t y) {
+  ProjectionArgs p = arguments(LV_PROJECTION_PASS);
+  const int64_t tokens = p.tiles * (p.grid_rows / 2) * (p.grid_cols / 2);
+  check(act != 0 || tokens * p.hidden == 0, "pixel_shuffle_projection: no room for the activations");
+  p.y = pointer<char>(y, tokens * p.out, "y");
+  py::gil_scoped_release release;
+  projection_kernels().forward(p);
+}
+
+// grads: addresses of the gradients of x (first patch), ln_weight, ln_bias, w1, b1, w2, b2; 0 where not needed.
+void backward(LV_PROJECTION_ARGUMENTS, uintptr_t grad, int64_t grad_stride, uintptr_t grad_z, uintptr_t partial, Pair grad_x_strides,
+              std::array<uintptr_t, 7> grads) {
+  ProjectionArgs p = arguments(LV_PROJECTION_PASS);
+  const int64_t tokens = p.tiles * (p.grid_rows / 2) * (p.grid_cols / 2);
+  p.grad = pointer<const char>(grad, tokens * p.out, "grad"), p.grad_stride = grad_stride;
+  p.grad_z = reinterpret_cast<float*>(grad_z);
+  p.partial = reinterpret_cast<float*>(partial);
+  p.grad_x = reinterpret_cast<void*>(grads[0]), p.grad_x_tile = grad_x_strides[0], p.grad_x_patch = grad_x_strides[1];
+  p.grad_ln_weight = reinterpret_cast<float*>(grads[1]), p.grad_ln_bias = reinterpret_cast<float*>(grads[2]);
+  p.grad_w1 = reinterpret_cast<void*>(grads[3]), p.grad_b1 = reinterpret_cast<float*>(grads[4]);
+  p.grad_w2 = reinterpret_cast<void*>(grads[5]), p.grad_b2 = reinterpret_cast<float*>(grads[6]);
+  check(tokens * p.hidden == 0 || z != 0, "pixel_shuffle_projection: backward needs the values before GELU");
+  check(grads[5] == 0 || act != 0 || tokens * p.hidden == 0, "pixel_shuffle_projection: no room for the activations");
+  check((grads[1] == 0) == (grads[2] == 0), "pixel_shuffle_projection: the gradients of ln_weight and ln_bias come together");
+  check(grads[1] == 0 || partial != 0 || tokens == 0, "pixel_shuffle_projection: no room for the partial sums of LayerNorm's gradients");
+  py::gil_scoped_release release;
+  projection_kernels().backward(p);
+}
+
+}  // namespace
+
+void bind_projection(py::module_& m) {
+  m.def("pixel_shuffle_projection_block_rows", [] { return projection_kernels().block_rows; });
+  m.def("pixel_shuffle_projection_max_channels", [] { return projection_kernels().max_channels; });
+  m.def("pixel_shuffle_projection_forward", &forward);
+  m.def("pixel_shuffle_projection_backward", &backward);
+}

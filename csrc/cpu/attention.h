@@ -1,0 +1,73 @@
+// Packed attention: the problem as the binding hands it over, the tasks it is cut into, the kernels' entry points.
+#pragma once
+#include <cstdint>
+
+#include "longvita/dtype.h"
+#include "longvita/isa.h"
+#include "longvita/views.h"
+
+namespace longvita {
+
+struct AttentionProblem {
+  DType dtype = DType::f32;
+  Rows3 q, k, v;
+  const int32_t* cu_q = nullptr;        // docs + 1 offsets
+  const int32_t* cu_k = nullptr;
+  int64_t docs = 0;
+  double scale = 1.0, softcap = 0.0;
+  int64_t left = -1, right = -1;        // window, -1: open
+  int threads = 1;
+
+  int64_t dim() const { return q.dim; }
+  int64_t kv_heads() const { return k.heads; }
+  int64_t group() const { return q.heads / k.heads; }
+};
+
+// How the active instruction set cuts the problem. Query rows: (position, head of the group), position-major.
+struct AttentionTiles {
+  int64_t query_rows;          // rows of one query block
+  int64_t partition;           // keys of one backward task
+  int64_t forward_scratch;     // floats per thread
+  int64_t backward_scratch;
+};
+
+// Piece `piece` (forward: query block, backward: key partition) of every unit in [unit0, unit1); unit = document * kv_heads + KV head.
+struct AttentionTask {
+  int64_t unit0, unit1, piece;
+  int64_t progress;            // backward, several partitions: where this unit's counters begin, one per query block
+  int64_t cost;
+};
+
+struct AttentionForward {
+  AttentionProblem p;
+  char* out = nullptr;           // (Tq, Hq, D) dense
+  float* lse = nullptr;          // (Hq, Tq) dense
+  const AttentionTask* tasks = nullptr;
+  int64_t n_tasks = 0;
+  float* scratch = nullptr;      // threads * forward_scratch
+  int64_t scratch_per_thread = 0;
+};
+
+struct AttentionBackward {
+  AttentionProblem p;
+  Rows3 out, grad_out;
+  const float* lse = nullptr;
+  const float* grad_lse = nullptr;          // may be null: zeros
+  int64_t lse_stride_head = 0, lse_stride_token = 0, grad_lse_stride_head = 0, grad_lse_stride_token = 0;
+  char *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;      // dense; null: not wanted
+  float* partial = nullptr;                 // (Tq, Hq, D): sums for grad_q of documents with several partitions; may be grad_q itself
+  int32_t* progress = nullptr;              // zeros
+  const AttentionTask* tasks = nullptr;
+  int64_t n_tasks = 0;
+  float* scratch = nullptr;
+  int64_t scratch_per_thread = 0;
+};
+
+struct AttentionKernels {
+  AttentionTiles (*tiles)(const AttentionProblem&);
+  void (*forward)(const AttentionForward&);
+  void (*backward)(const AttentionBackward&);
+};
+
+}  // namespace longvita
+LV_DECLARE_KERNELS(AttentionKernels, attention_kernels)

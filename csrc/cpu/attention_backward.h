@@ -1,0 +1,261 @@
+// Packed attention, backward. Recomputes the probabilities from lse; fp32 sums; all three gradients in one pass (five products).
+//
+// A task owns a *partition* of the keys of one KV head of one document: their K, V, dk and dv stay in cache while the query blocks pass by,
+// last block first. What a query block gets from this partition is added to its dq. A block that several partitions reach takes their
+// shares in the order of the partitions, whoever computes them: a task waits until the one before it has added its share. So the result
+// does not depend on the number of threads. (Tasks start in the order of the partitions: the one waited for is always running or done.)
+#pragma once
+#include <sched.h>
+
+#include "attention_forward.h"
+
+namespace longvita::LV_ISA {
+
+template <class Op>
+struct BackwardScratch {
+  using unit = typename Op::unit;
+  int64_t panels, partition, keys, dim, ld, wide;
+  // Of the query block, by panel: transposed q and g = grad_out; the same row-major, for the sums over queries.
+  unit *q, *g, *q_rows, *g_rows;
+  float *grad_q, *lse, *lse_rest, *delta;       // panels × [dim][kLanes]; panels × [kLanes]
+  int32_t *low, *high;
+  // Of the partition: [partition][ld]; keys summed over for dq; [partition][wide].
+  unit *k, *v, *k_summed;
+  float *grad_k, *grad_v;
+  // Of one panel and one key block: S and dP, [keys][kLanes]; with Floats they become P and dS in place.
+  float *scores, *grads;
+  unit *p_rows, *ds_rows, *ds_lanes;            // Pairs: P and dS as bf16 [keys][kLanes], dS in pairs of keys [keys / 2][kLanes]
+
+  BackwardScratch(Arena& arena, int64_t panels_, int64_t partition_, int64_t keys_, int64_t dim_)
+      : panels(panels_), partition(partition_), keys(keys_), dim(dim_) {
+    ld = dim / Op::kPer, wide = round_up(dim, W);
+    q = arena.take<unit>(panels * ld * kLanes);
+    g = arena.take<unit>(panels * ld * kLanes);
+    q_rows = arena.take<unit>(panels * kLanes / Op::kPer * wide);
+    g_rows = arena.take<unit>(panels * kLanes / Op::kPer * wide);
+    grad_q = arena.take<float>(panels * dim * kLanes);
+    lse = arena.take<float>(panels * kLanes);
+    lse_rest = arena.take<float>(panels * kLanes);
+    delta = arena.take<float>(panels * kLanes);
+    low = arena.take<int32_t>(panels * kLanes);
+    high = arena.take<int32_t>(panels * kLanes);
+    k = arena.take<unit>(partition * ld);
+    v = arena.take<unit>(partition * ld);
+    k_summed = Op::kPer == 2 ? arena.take<unit>(partition / 2 * dim) : k;
+    grad_k = arena.take<float>(partition * wide);
+    grad_v = arena.take<float>(partition * wide);
+    scores = arena.take<float>(keys * kLanes);
+    grads = arena.take<float>(keys * kLanes);
+    if (Op::kPer == 2) {
+      p_rows = arena.take<unit>(keys * kLanes / 2);
+      ds_rows = arena.take<unit>(keys * kLanes / 2);
+      ds_lanes = arena.take<unit>(keys * kLanes / 2);
+    } else {
+      p_rows = reinterpret_cast<unit*>(scores), ds_rows = ds_lanes = reinterpret_cast<unit*>(grads);
+    }
+  }
+};
+
+struct Wanted { bool q, kv; };
+
+// delta = g · out − grad_lse, and the lse in log2 units as lse + rest; a row that saw nothing gets lse +inf: its probabilities are 0.
+template <class T>
+void row_statistics(const AttentionBackward& b, const Unit& u, const Panel& panel, float* lse, float* rest, float* delta) {
+  const int64_t dim = b.p.dim();
+  for (int i = 0; i < kLanes; ++i) lse[i] = rest[i] = delta[i] = 0.0f;
+  for (int i = 0; i < panel.rows; ++i) {
+    const int64_t r = panel.row0 + i, token = u.q0 + r / u.group, head = u.head * u.group + r % u.group;
+    const float row_lse = b.lse[head * b.lse_stride_head + token * b.lse_stride_token];
+    if (row_lse == -kInf) {
+      lse[i] = kInf;
+      continue;
+    }
+    const double log2_units = row_lse * 1.4426950408889634;
+    lse[i] = float(log2_units), rest[i] = float(log2_units - lse[i]);
+    const T *o = row_address<T>(b.out, u, r), *g = row_address<T>(b.grad_out, u, r);
+    vf sum = vf{};
+    for (int64_t c = 0; c < dim; c += W) {
+      const int n = int(std::min<int64_t>(W, dim - c));
+      sum = load_n(o + c, n) * load_n(g + c, n) + sum;
+    }
+    const float from_lse = b.grad_lse == nullptr ? 0.0f : b.grad_lse[head * b.grad_lse_stride_head + token * b.grad_lse_stride_token];
+    delta[i] = hsum(sum) - from_lse;
+  }
+}
+
+template <class Op, class T>
+Panel load_panel(const AttentionBackward& b, const Unit& u, int64_t row0, int64_t index, const BackwardScratch<Op>& s, Wanted want) {
+  const Panel panel = make_panel(b.p, u, row0, s.low + index * kLanes, s.high + index * kLanes);
+  if (want.q) std::fill_n(s.grad_q + index * s.dim * kLanes, s.dim * kLanes, 0.0f);
+  if (panel.max_high == 0) return panel;      // sees nothing
+  const auto q = [&](int64_t r) { return row_address<T>(b.p.q, u, r); };
+  const auto g = [&](int64_t r) { return row_address<T>(b.grad_out, u, r); };
+  row_statistics<T>(b, u, panel, s.lse + index * kLanes, s.lse_rest + index * kLanes, s.delta + index * kLanes);
+  pack_lanes<Op, T>(panel, s.dim, q, s.q + index * s.ld * kLanes);
+  pack_lanes<Op, T>(panel, s.dim, g, s.g + index * s.ld * kLanes);
+  if (want.kv) {
+    const int64_t size = index * (kLanes / Op::kPer) * s.wide, padded = round_up(panel.rows, 2);
+    pack_summed<Op, T>(panel.rows, padded, s.dim, [&](int64_t i) { return q(row0 + i); }, s.q_rows + size, s.wide);
+    pack_summed<Op, T>(panel.rows, padded, s.dim, [&](int64_t i) { return g(row0 + i); }, s.g_rows + size, s.wide);
+  }
+  return panel;
+}
+
+template <class Op, class T>
+void load_partition(const AttentionBackward& b, const Unit& u, int64_t key0, int64_t keys, const BackwardScratch<Op>& s, Wanted want) {
+  const int64_t padded = round_up(keys, kBroadcast);
+  const auto row = [&](const Rows3& x, int64_t n) {
+    return reinterpret_cast<const T*>(x.data) + (u.k0 + key0 + n) * x.stride_token + u.head * x.stride_head;
+  };
+  pack_rows<Op, T>(keys, padded, s.dim, [&](int64_t n) { return row(b.p.k, n); }, s.k, s.ld);
+  pack_rows<Op, T>(keys, padded, s.dim, [&](int64_t n) { return row(b.p.v, n); }, s.v, s.ld);
+  if (want.q && Op::kPer == 2) pack_summed<Op, T>(keys, padded, s.dim, [&](int64_t n) { return row(b.p.k, n); }, s.k_summed, s.dim);
+  if (want.kv) {
+    std::fill_n(s.grad_k, padded * s.wide, 0.0f);
+    std::fill_n(s.grad_v, padded * s.wide, 0.0f);
+  }
+}
+
+// S and dP of one vector of rows become P and dS.
+template <class Op, bool Capped, bool Masked>
+void differentiate(const BackwardScratch<Op>& s, int v, const Span& span, int64_t key0, const Scaling& scaling, vf lse, vf rest, vf delta,
+                   vi low, vi high) {
+  const auto one = [&](int64_t n, vf& p, vf& ds) {
+    vf x = load(s.scores + n * kLanes + v * W), slope = splat(1.0f);
+    if constexpr (Capped) {
+      const vf t = vtanh(x * scaling.in);
+      slope = 1.0f - t * t, x = t;
+    }
+    p = vexp2((x * scaling.exponent - lse) + (x * scaling.rest - rest));
+    if constexpr (Masked) p = select(visible(int32_t(key0 + n), low, high), p, vf{});
+    ds = p * (load(s.grads + n * kLanes + v * W) - delta);
+    if constexpr (Capped) ds *= slope;
+  };
+  for (int64_t n = span.begin; n < span.end; n += 2) {
+    vf p0, p1, ds0, ds1;
+    one(n, p0, ds0), one(n + 1, p1, ds1);
+    if constexpr (Op::kPer == 2) {
+      bf16_t *p_rows = reinterpret_cast<bf16_t*>(s.p_rows), *ds_rows = reinterpret_cast<bf16_t*>(s.ds_rows);
+      store(p_rows + n * kLanes + v * W, p0), store(p_rows + (n + 1) * kLanes + v * W, p1);
+      store(ds_rows + n * kLanes + v * W, ds0), store(ds_rows + (n + 1) * kLanes + v * W, ds1);
+      const vu packed = pack_pairs(ds0, ds1);
+      __builtin_memcpy(s.ds_lanes + n / 2 * kLanes + v * W, &packed, sizeof packed);
+    } else {
+      store(s.scores + n * kLanes + v * W, p0), store(s.scores + (n + 1) * kLanes + v * W, p1);
+      store(s.grads + n * kLanes + v * W, ds0), store(s.grads + (n + 1) * kLanes + v * W, ds1);
+    }
+  }
+}
+
+// One panel against one key block; base: where the block begins in the partition.
+template <class Op>
+void backward_panel(const BackwardScratch<Op>& s, const Panel& panel, int64_t index, int64_t key0, int64_t base, const Span& span,
+                    const Scaling& scaling, Wanted want) {
+  const int64_t rows = span.end - span.begin, panel_size = s.ld * kLanes, key = base + span.begin;
+  product<Op, true>(panel.vectors, rows, s.ld, s.q + index * panel_size, kLanes, s.k + key * s.ld, s.ld, s.scores + span.begin * kLanes,
+                    kLanes, false);
+  product<Op, true>(panel.vectors, rows, s.ld, s.g + index * panel_size, kLanes, s.v + key * s.ld, s.ld, s.grads + span.begin * kLanes,
+                    kLanes, false);
+  for (int v = 0; v < panel.vectors; ++v) {
+    const int64_t lane = index * kLanes + v * W;
+    const vf lse = load(s.lse + lane), rest = load(s.lse_rest + lane), delta = load(s.delta + lane);
+    const vi low = load_i(s.low + lane), high = load_i(s.high + lane);
+    if (scaling.capped && span.masked) differentiate<Op, true, true>(s, v, span, key0, scaling, lse, rest, delta, low, high);
+    else if (scaling.capped) differentiate<Op, true, false>(s, v, span, key0, scaling, lse, rest, delta, low, high);
+    else if (span.masked) differentiate<Op, false, true>(s, v, span, key0, scaling, lse, rest, delta, low, high);
+    else differentiate<Op, false, false>(s, v, span, key0, scaling, lse, rest, delta, low, high);
+  }
+  if (want.q) {
+    product<Op, false>(panel.vectors, s.dim, rows / Op::kPer, s.ds_lanes + span.begin / Op::kPer * kLanes, kLanes,
+                       s.k_summed + key / Op::kPer * s.dim, s.dim, s.grad_q + index * s.dim * kLanes, kLanes, true);
+  }
+  if (want.kv) {
+    const int64_t columns = kLanes / Op::kPer, size = index * columns * s.wide, summed = round_up(panel.rows, 2) / Op::kPer;
+    product<Op, true>(s.wide / W, rows, summed, s.g_rows + size, s.wide, s.p_rows + span.begin * columns, columns,
+                      s.grad_v + key * s.wide, s.wide, true);
+    product<Op, true>(s.wide / W, rows, summed, s.q_rows + size, s.wide, s.ds_rows + span.begin * columns, columns,
+                      s.grad_k + key * s.wide, s.wide, true);
+  }
+}
+
+template <class T>
+void write_keys(const AttentionBackward& b, const Unit& u, int64_t key0, int64_t keys, const float* source, int64_t wide, float factor,
+                char* target) {
+  if (target == nullptr) return;
+  const int64_t dim = b.p.dim();
+  for (int64_t n = 0; n < keys; ++n) {
+    T* row = reinterpret_cast<T*>(target) + ((u.k0 + key0 + n) * b.p.kv_heads() + u.head) * dim;
+    for (int64_t c = 0; c < dim; c += W) store_n(row + c, load(source + n * wide + c) * factor, int(std::min<int64_t>(W, dim - c)));
+  }
+}
+
+// Adds a panel's share of dq to what earlier partitions left in `partial` (row-major fp32, where not the first), and leaves it there, or, as
+// the last, scales and rounds it into grad_q.
+template <class Op, class T>
+void add_grad_q(const AttentionBackward& b, const Unit& u, const Panel& panel, const float* share, int64_t dim, bool first, bool last) {
+  const float scale = float(b.p.scale);
+  for (int v = 0; v < panel.vectors; ++v) {
+    const int lanes = std::min(W, panel.rows - v * W);
+    int64_t offset[W];
+    for (int i = 0; i < lanes; ++i) {
+      const int64_t r = panel.row0 + v * W + i;
+      offset[i] = ((u.q0 + r / u.group) * b.p.q.heads + u.head * u.group + r % u.group) * dim;
+    }
+    for (int64_t c = 0; c < dim; c += W) {
+      const int n = int(std::min<int64_t>(W, dim - c));
+      vf block[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) block[i] = i < n ? load(share + (c + i) * kLanes + v * W) : vf{};
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        if (i >= lanes) continue;
+        const vf sum = first ? block[i] : block[i] + load_n(b.partial + offset[i] + c, n);
+        if (last) store_n(reinterpret_cast<T*>(b.grad_q) + offset[i] + c, sum * scale, n);
+        else store_n(b.partial + offset[i] + c, sum, n);
+      }
+    }
+  }
+}
+
+inline void wait_for(const int32_t* progress, int32_t value) {
+  for (int spins = 0; __atomic_load_n(progress, __ATOMIC_ACQUIRE) < value; ++spins) {
+    if (spins > 100) sched_yield();
+  }
+}
+
+// Partition `part` of the keys of one unit, against all its query blocks.
+template <class Op, class T>
+void backward_partition(const AttentionBackward& b, const Unit& u, int64_t part, int32_t* progress, const BackwardScratch<Op>& s) {
+  const Scaling scaling = scaling_of(b.p);
+  const Wanted want = {b.grad_q != nullptr, b.grad_k != nullptr || b.grad_v != nullptr};
+  const int64_t block = s.panels * kLanes, key_begin = part * s.partition, key_count = std::min(s.partition, u.keys() - key_begin);
+  constexpr int kMaxPanels = 32;
+  Panel panels[kMaxPanels];
+  load_partition<Op, T>(b, u, key_begin, key_count, s, want);
+  for (int64_t i = (u.rows() + block - 1) / block - 1; i >= 0; --i) {
+    const int64_t row_begin = i * block, row_end = std::min(u.rows(), row_begin + block);
+    // what the block sees; limits grow with the position
+    const int64_t low = limits_of(b.p, u, row_begin / u.group).low, high = limits_of(b.p, u, (row_end - 1) / u.group).high;
+    const int64_t first = high == 0 ? 0 : low / s.partition, last = high == 0 ? 0 : (high - 1) / s.partition;
+    if (part < first || part > last) continue;
+    int count = 0;
+    for (int64_t row = row_begin; row < row_end; row += kLanes, ++count) panels[count] = load_panel<Op, T>(b, u, row, count, s, want);
+    for (int64_t base = 0; base < key_count; base += s.keys) {
+      for (int p = 0; p < count; ++p) {
+        const Span span = span_of(panels[p], key_begin + base, std::min(s.keys, key_count - base));
+        if (!span.empty()) backward_panel<Op>(s, panels[p], p, key_begin + base, base, span, scaling, want);
+      }
+    }
+    if (!want.q) continue;
+    if (part > first) wait_for(progress + i, int32_t(part - first));
+    for (int p = 0; p < count; ++p) add_grad_q<Op, T>(b, u, panels[p], s.grad_q + p * s.dim * kLanes, s.dim, part == first, part == last);
+    if (part < last) __atomic_store_n(progress + i, int32_t(part - first + 1), __ATOMIC_RELEASE);
+  }
+  if (want.kv) {
+    write_keys<T>(b, u, key_begin, key_count, s.grad_k, s.wide, float(b.p.scale), b.grad_k);
+    write_keys<T>(b, u, key_begin, key_count, s.grad_v, s.wide, 1.0f, b.grad_v);
+  }
+}
+
+}  // namespace longvita::LV_ISA

@@ -1,0 +1,49 @@
+// Cross entropy of logits = hidden · weightᵀ for rows picked by an index, without the logits: they exist for one chunk of rows at a time.
+//
+//   l[m, v] = softcap(hidden[index[m]] · weight[v])       softcap(x) = cap · tanh(x / cap), or x where cap is 0
+//   max[m] = max_v l[m, v]          exp_sum[m] = Σ_v exp(l[m, v] - max[m])        lse[m] = max[m] + log exp_sum[m]
+//   target[m] = l[m, label[m]]      sum[m] = Σ_v l[m, v]
+//   d l[m, v] = a[m] · exp(l[m, v] - max[m]) / exp_sum[m] + b[m] · [v = label[m]] + c[m]
+//
+// a, b, c are the gradients of lse, target and sum: every loss (smoothing, z-loss, weights) is a choice of them. (exp(l - lse) would be
+// the same, but lse is rounded: half a unit in its last place is 2e-7 of every probability of the row.)
+#pragma once
+#include <cstdint>
+
+#include "longvita/dtype.h"
+#include "longvita/isa.h"
+
+namespace longvita {
+
+struct CrossEntropyArgs {
+  DType dtype;
+  int64_t width, vocab, rows;                         // H, V, M
+  const void* hidden; int64_t hidden_stride;          // (T, H)
+  const void* weight; int64_t weight_stride;          // (V, H)
+  const int64_t* index;                               // (M) rows of hidden
+  const int64_t* labels;                              // (M); a label outside 0 … V-1 belongs to another part of the vocabulary
+  float softcap;
+  float* statistics;                                  // (5, M): lse, target, sum, max, exp_sum; an input where recompute is set
+  int64_t chunk;                                      // rows at a time
+  float* partial;                                     // (3, blocks of kTileN in V, chunk)
+  float* scratch;                                     // threads × gemm_scratch_floats
+  int threads;
+
+  // Gradients, where either pointer is not null.
+  bool recompute;                                     // statistics and coefficients are given; else the loss is known to be
+                                                      // weight·((1-smoothing)(lse-target) + smoothing(lse-sum/V) + z_loss·lse²), summed
+  float* coefficients;                                // (3, M): a, b, c; written unless recompute
+  const float* row_weight;                            // (M) or null: 1
+  float smoothing, z_loss;
+  float* logits;                                      // (chunk, V)
+  float* grad_hidden;                                 // (M, H) or null
+  float* grad_weight;                                 // (V, H) or null
+};
+
+struct CrossEntropyKernels {
+  int64_t block;                                      // columns of the vocabulary behind one entry of partial
+  void (*run)(const CrossEntropyArgs&);
+};
+
+}  // namespace longvita
+LV_DECLARE_KERNELS(CrossEntropyKernels, cross_entropy_kernels)

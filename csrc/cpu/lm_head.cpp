@@ -1,0 +1,85 @@
+#include "lm_head.h"
+
+#include <cstring>
+
+#include "gemm/gemm.h"
+
+namespace longvita::LV_ISA {
+namespace {
+
+// A few rows (decoding): bound by reading the weight once, so nothing is packed.
+void forward_thin(const LmHeadArgs& p) {
+  const int64_t lda = (p.width + 15) / 16 * 16;
+  for (int64_t m = 0; m < p.rows; ++m) {
+    float* row = p.gathered + m * lda;
+    const float* values = widen_row(p.hidden, p.dtype, p.index[m] * p.hidden_stride, p.width, row);
+    if (values != row) std::memcpy(row, values, size_t(p.width) * 4);
+    std::memset(row + p.width, 0, size_t(lda - p.width) * 4);
+  }
+  constexpr int64_t kColumns = 64;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t n0 = 0; n0 < p.vocab; n0 += kColumns) {
+    const int64_t count = p.vocab - n0 < kColumns ? p.vocab - n0 : kColumns;
+    float logits[kThinRows * kColumns];
+    thin_product(p.gathered, lda, p.rows, p.weight, p.dtype, p.weight_stride, n0, count, p.width, logits, kColumns);
+    for (int64_t m = 0; m < p.rows; ++m) narrow_row(logits + m * kColumns, count, p.out, p.dtype, m * p.vocab + n0);
+  }
+}
+
+void forward(const LmHeadArgs& p) {
+  if (p.rows <= kThinRows) return forward_thin(p);
+  const Matrix hidden(p.hidden, p.dtype, p.hidden_stride, p.index), weight(p.weight, p.dtype, p.weight_stride);
+  for_each_tile({hidden, true}, {weight, true}, TileGrid(p.rows, p.vocab, p.threads), p.width, p.dtype == DType::bf16, p.threads, p.scratch,
+                [&](const Tile& tile, const float* c) {
+                  for (int64_t i = 0; i < tile.mt; ++i) {
+                    narrow_row(c + i * kTileN, tile.nt, p.out, p.dtype, (tile.m0 + i) * p.vocab + tile.n0);
+                  }
+                });
+}
+
+// A row that was asked for twice gets the sum of both gradients, added in fp32 in the order of the rows and rounded once.
+void scatter(const LmHeadArgs& p) {
+  for (int64_t t = 0; t < p.tokens; ++t) p.owner[t] = -1;
+  for (int64_t m = 0; m < p.rows; ++m) {
+    int64_t& owner = p.owner[p.index[m]];
+    if (owner < 0) {
+      owner = m;
+      continue;
+    }
+    for (int64_t n = 0; n < p.width; ++n) p.grad_rows[owner * p.width + n] += p.grad_rows[m * p.width + n];
+  }
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t m = 0; m < p.rows; ++m) {
+    const int64_t row = p.index[m];
+    if (p.owner[row] == m) narrow_row(p.grad_rows + m * p.width, p.width, p.grad_hidden, p.dtype, row * p.width);
+  }
+}
+
+void backward(const LmHeadArgs& p) {
+  const bool pairs = p.dtype == DType::bf16;
+  const Matrix hidden(p.hidden, p.dtype, p.hidden_stride, p.index), weight(p.weight, p.dtype, p.weight_stride);
+  const Matrix grad(p.grad, p.dtype, p.grad_stride);
+  if (p.grad_hidden != nullptr) {
+    for_each_tile({grad, true}, {weight, false}, TileGrid(p.rows, p.width, p.threads), p.vocab, pairs, p.threads, p.scratch,
+                  [&](const Tile& tile, const float* c) {
+                    for (int64_t i = 0; i < tile.mt; ++i) {
+                      std::memcpy(p.grad_rows + (tile.m0 + i) * p.width + tile.n0, c + i * kTileN, size_t(tile.nt) * 4);
+                    }
+                  });
+    scatter(p);
+  }
+  if (p.grad_weight != nullptr) {
+    for_each_tile({grad, false}, {hidden, false}, TileGrid(p.vocab, p.width, p.threads), p.rows, pairs, p.threads, p.scratch,
+                  [&](const Tile& tile, const float* c) {
+                    for (int64_t i = 0; i < tile.mt; ++i) {
+                      narrow_row(c + i * kTileN, tile.nt, p.grad_weight, p.dtype, (tile.m0 + i) * p.width + tile.n0);
+                    }
+                  });
+  }
+}
+
+}  // namespace
+
+extern const LmHeadKernels lm_head_kernels = {kScratchFloats, &forward, &backward};
+
+}  // namespace longvita::LV_ISA

@@ -1,0 +1,280 @@
+#include "projection.h"
+
+#include <cstring>
+
+#include "gemm/gemm.h"
+
+namespace longvita::LV_ISA {
+namespace {
+
+constexpr int64_t kBlockRows = 96;      // tokens whose LayerNorm is differentiated together
+
+LV_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+LV_INLINE int64_t tokens_of(const ProjectionArgs& p) { return p.tiles * (p.grid_rows / 2) * (p.grid_cols / 2); }
+
+// ---------------------------------------------------------------------------------------------- activation
+// erf as an odd rational function on |x| <= 4 (Eigen's coefficients): absolute error about 3e-7.
+LV_INLINE vf verf(vf x) {
+  x = x > 4.0f ? splat(4.0f) : x;
+  x = x < -4.0f ? splat(-4.0f) : x;
+  const vf s = x * x;
+  vf p = splat(-2.72614225801306e-10f);
+  p = p * s + 2.77068142495902e-08f;
+  p = p * s + -2.10102402082508e-06f;
+  p = p * s + -5.69250639462346e-05f;
+  p = p * s + -7.34990630326855e-04f;
+  p = p * s + -2.95459980854025e-03f;
+  p = p * s + -1.60960333262415e-02f;
+  vf q = splat(-1.45660718464996e-05f);
+  q = q * s + -2.13374055278905e-04f;
+  q = q * s + -1.68282697438203e-03f;
+  q = q * s + -7.37332916720468e-03f;
+  q = q * s + -1.42647390514189e-02f;
+  return x * p / q;
+}
+LV_INLINE vf normal_cdf(vf z) { return 0.5f + 0.5f * verf(z * 0.70710678f); }
+LV_INLINE vf gelu(vf z) { return z * normal_cdf(z); }
+LV_INLINE vf gelu_slope(vf z) { return normal_cdf(z) + z * 0.39894228f * vexp2(z * z * (-0.5f * kLog2e)); }
+
+// ---------------------------------------------------------------------------------------------- reading x
+// Token r of the shuffled image: column (dr·2 + dc)·C + c is channel c of patch (2i + dr, 2j + dc). Where patches are adjacent in
+// memory, two of them make one run.
+struct Shuffled : RowSource {
+  const ProjectionArgs& p;
+  int64_t run;                       // values in one run: 2C or C
+  explicit Shuffled(const ProjectionArgs& p) : p(p), run(p.x_patch == p.channels ? 2 * p.channels : p.channels) {}
+
+  // Element offset of the run that holds column `col` of token `row`.
+  int64_t offset(int64_t row, int64_t col, int64_t tile_stride, int64_t patch_stride) const {
+    const int64_t across = p.grid_cols / 2, per_tile = across * (p.grid_rows / 2);
+    const int64_t i = row % per_tile / across, j = row % across, corner = col / p.channels;
+    return row / per_tile * tile_stride + ((2 * i + corner / 2) * p.grid_cols + 2 * j + corner % 2) * patch_stride;
+  }
+  const float* read(int64_t row, int64_t col, int64_t count, float* buffer) const override {
+    for (int64_t done = 0; done < count;) {
+      const int64_t at = col + done, within = at % run, take = smaller(run - within, count - done);
+      const int64_t from = offset(row, at - within, p.x_tile, p.x_patch) + within;
+      const float* values = widen_row(p.x, p.dtype, from, take, buffer + done);
+      if (take == count) return values;
+      if (values != buffer + done) std::memcpy(buffer + done, values, size_t(take) * 4);
+      done += take;
+    }
+    return buffer;
+  }
+};
+
+// The same after LayerNorm.
+struct Normalised final : Shuffled {
+  explicit Normalised(const ProjectionArgs& p) : Shuffled(p) {}
+  const float* read(int64_t row, int64_t col, int64_t count, float* buffer) const override {
+    const float* values = Shuffled::read(row, col, count, buffer);
+    const float mean = p.stats[row], inverse = p.stats[tokens_of(p) + row];
+    for (int64_t i = 0; i < count; ++i) buffer[i] = (values[i] - mean) * inverse * p.ln_weight[col + i] + p.ln_bias[col + i];
+    return buffer;
+  }
+};
+
+float row_sum(const float* values, int64_t count, float shift, bool square) {
+  vf sums[4] = {};
+  int64_t i = 0;
+  for (int lane = 0; i < count; i += W, lane = (lane + 1) % 4) {
+    const int lanes = int(smaller(count - i, W));
+    vf x = load_n(values + i, lanes) - shift;
+    if (lanes < W) x = select(iota() < lanes, x, vf{});
+    sums[lane] += square ? x * x : x;
+  }
+  return hsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// Mean first, then the mean square around it: exact where the mean is large against the spread.
+void statistics(const ProjectionArgs& p) {
+  const Shuffled shuffled(p);
+  const int64_t tokens = tokens_of(p), width = 4 * p.channels;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t r = 0; r < tokens; ++r) {
+    float* buffer = p.row_scratch + omp_get_thread_num() * kBlockRows * width;
+    const float* row = shuffled.read(r, 0, width, buffer);
+    const float mean = row_sum(row, width, 0.0f, false) / float(width);
+    p.stats[r] = mean;
+    p.stats[tokens + r] = 1.0f / __builtin_sqrtf(row_sum(row, width, mean, true) / float(width) + p.eps);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- forward
+void forward(const ProjectionArgs& p) {
+  const int64_t tokens = tokens_of(p);
+  const bool pairs = p.dtype == DType::bf16;
+  statistics(p);
+  const Normalised normalised(p);
+  const Matrix w1(p.w1, p.dtype, p.w1_stride), w2(p.w2, p.dtype, p.w2_stride), act(p.act, p.dtype, p.hidden);
+  for_each_tile({normalised, true}, {w1, true}, TileGrid(tokens, p.hidden, p.threads), 4 * p.channels, pairs, p.threads, p.scratch,
+                [&](const Tile& tile, float* c) {
+                  for (int64_t i = 0; i < tile.mt; ++i) {
+                    float* row = c + i * kTileN;
+                    const int64_t at = (tile.m0 + i) * p.hidden + tile.n0;
+                    if (p.b1 != nullptr) for (int64_t n = 0; n < tile.nt; ++n) row[n] += p.b1[tile.n0 + n];
+                    if (p.z != nullptr) narrow_row(row, tile.nt, p.z, p.dtype, at);
+                    for (int64_t n = 0; n < tile.nt; n += W) store(row + n, gelu(load(row + n)));
+                    narrow_row(row, tile.nt, p.act, p.dtype, at);
+                  }
+                });
+  for_each_tile({act, true}, {w2, true}, TileGrid(tokens, p.out, p.threads), p.hidden, pairs, p.threads, p.scratch,
+                [&](const Tile& tile, float* c) {
+                  for (int64_t i = 0; i < tile.mt; ++i) {
+                    float* row = c + i * kTileN;
+                    if (p.b2 != nullptr) for (int64_t n = 0; n < tile.nt; ++n) row[n] += p.b2[tile.n0 + n];
+                    narrow_row(row, tile.nt, p.y, p.dtype, (tile.m0 + i) * p.out + tile.n0);
+                  }
+                });
+}
+
+// ---------------------------------------------------------------------------------------------- backward
+// out[n] = Σ_r source[r, n], in two levels so that the error does not grow with the number of rows.
+void column_sums(const RowSource& source, int64_t rows, int64_t width, int threads, float* out) {
+  constexpr int64_t kColumns = 64;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t n0 = 0; n0 < width; n0 += kColumns) {
+    const int64_t count = smaller(width - n0, kColumns);
+    float total[kColumns] = {}, buffer[kColumns];
+    for (int64_t r0 = 0; r0 < rows; r0 += 64) {
+      float part[kColumns] = {};
+      for (int64_t r = r0; r < smaller(r0 + 64, rows); ++r) {
+        const float* values = source.read(r, n0, count, buffer);
+        for (int64_t n = 0; n < count; ++n) part[n] += values[n];
+      }
+      for (int64_t n = 0; n < count; ++n) total[n] += part[n];
+    }
+    std::memcpy(out + n0, total, size_t(count) * 4);
+  }
+}
+
+void activations_again(const ProjectionArgs& p) {
+  const Matrix z(p.z, p.dtype, p.hidden);
+  constexpr int64_t kPiece = 1024;
+  const int64_t total = tokens_of(p) * p.hidden;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t from = 0; from < total; from += kPiece) {
+    float buffer[kPiece], out[kPiece];
+    const int64_t count = smaller(total - from, kPiece);
+    const float* values = widen_row(p.z, p.dtype, from, count, buffer);
+    for (int64_t i = 0; i < count; i += W) {
+      const int lanes = int(smaller(count - i, W));
+      store_n(out + i, gelu(load_n(values + i, lanes)), lanes);
+    }
+    narrow_row(out, count, p.act, p.dtype, from);
+  }
+}
+
+void second_linear(const ProjectionArgs& p) {
+  const int64_t tokens = tokens_of(p);
+  const bool pairs = p.dtype == DType::bf16;
+  const Matrix grad(p.grad, p.dtype, p.grad_stride), w2(p.w2, p.dtype, p.w2_stride), act(p.act, p.dtype, p.hidden);
+  if (p.grad_b2 != nullptr) column_sums(grad, tokens, p.out, p.threads, p.grad_b2);
+  if (p.grad_w2 != nullptr) {
+    activations_again(p);
+    for_each_tile({grad, false}, {act, false}, TileGrid(p.out, p.hidden, p.threads), tokens, pairs, p.threads, p.scratch,
+                  [&](const Tile& tile, const float* c) {
+                    for (int64_t i = 0; i < tile.mt; ++i) {
+                      narrow_row(c + i * kTileN, tile.nt, p.grad_w2, p.dtype, (tile.m0 + i) * p.hidden + tile.n0);
+                    }
+                  });
+  }
+  if (p.grad_z == nullptr) return;
+  for_each_tile({grad, true}, {w2, false}, TileGrid(tokens, p.hidden, p.threads), p.out, pairs, p.threads, p.scratch,
+                [&](const Tile& tile, const float* c) {
+                  float buffer[kTileN];
+                  for (int64_t i = 0; i < tile.mt; ++i) {
+                    const int64_t at = (tile.m0 + i) * p.hidden + tile.n0;
+                    const float* z = widen_row(p.z, p.dtype, at, tile.nt, buffer);
+                    for (int64_t n = 0; n < tile.nt; n += W) {
+                      const int lanes = int(smaller(tile.nt - n, W));
+                      store_n(p.grad_z + at + n, load(c + i * kTileN + n) * gelu_slope(load_n(z + n, lanes)), lanes);
+                    }
+                  }
+                });
+}
+
+// Gradient of one token through LayerNorm. grad: of the normalised row, (4C), turned into that of the shuffled row in place if x needs it.
+void through_layer_norm(const ProjectionArgs& p, int64_t row, const float* x, float* grad, float* sum_weight, float* sum_bias) {
+  const int64_t width = 4 * p.channels;
+  const float mean = p.stats[row], inverse = p.stats[tokens_of(p) + row];
+  vf grad_sum = vf{}, product_sum = vf{};
+  for (int64_t i = 0; i < width; i += W) {
+    const int lanes = int(smaller(width - i, W));
+    const vf centred = (load_n(x + i, lanes) - mean) * inverse, g = load_n(grad + i, lanes), scaled = g * load_n(p.ln_weight + i, lanes);
+    if (sum_weight != nullptr) {
+      store_n(sum_weight + i, load_n(sum_weight + i, lanes) + g * centred, lanes);
+      store_n(sum_bias + i, load_n(sum_bias + i, lanes) + g, lanes);
+    }
+    grad_sum += scaled;                    // lanes past the end: g is 0 there
+    product_sum += scaled * centred;
+  }
+  if (p.grad_x == nullptr) return;
+  const float mean_grad = hsum(grad_sum) / float(width), mean_product = hsum(product_sum) / float(width);
+  for (int64_t i = 0; i < width; i += W) {
+    const int lanes = int(smaller(width - i, W));
+    const vf centred = (load_n(x + i, lanes) - mean) * inverse, scaled = load_n(grad + i, lanes) * load_n(p.ln_weight + i, lanes);
+    store_n(grad + i, (scaled - mean_grad - centred * mean_product) * inverse, lanes);
+  }
+}
+
+void layer_norm(const ProjectionArgs& p) {
+  const int64_t tokens = tokens_of(p), width = 4 * p.channels, blocks = (tokens + kBlockRows - 1) / kBlockRows;
+  const bool pairs = p.dtype == DType::bf16;
+  const Shuffled shuffled(p);
+  const Matrix grad_z(p.grad_z, DType::f32, p.hidden), w1(p.w1, p.dtype, p.w1_stride);
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic)
+  for (int64_t block = 0; block < blocks; ++block) {
+    float* scratch = p.scratch + omp_get_thread_num() * kScratchFloats;
+    float* grads = p.row_scratch + omp_get_thread_num() * kBlockRows * width;
+    const int64_t first = block * kBlockRows, count = smaller(tokens - first, kBlockRows);
+    for (int64_t n0 = 0; n0 < width; n0 += kTileN) {
+      const Tile tile = {first, count, n0, smaller(width - n0, kTileN)};
+      const float* c = tile_product({grad_z, true}, {w1, false}, tile, p.hidden, pairs, scratch);
+      for (int64_t i = 0; i < count; ++i) std::memcpy(grads + i * width + n0, c + i * kTileN, size_t(tile.nt) * 4);
+    }
+    float* sum_weight = p.partial == nullptr ? nullptr : p.partial + block * 2 * width;
+    if (sum_weight != nullptr) std::memset(sum_weight, 0, size_t(2 * width) * 4);
+    for (int64_t i = 0; i < count; ++i) {
+      float* grad = grads + i * width;
+      const float* x = shuffled.read(first + i, 0, width, scratch);      // the product is done: its scratch is free
+      through_layer_norm(p, first + i, x, grad, sum_weight, sum_weight == nullptr ? nullptr : sum_weight + width);
+      if (p.grad_x == nullptr) continue;
+      for (int64_t corner = 0; corner < 4; ++corner) {
+        const int64_t to = shuffled.offset(first + i, corner * p.channels, p.grad_x_tile, p.grad_x_patch);
+        narrow_row(grad + corner * p.channels, p.channels, p.grad_x, p.dtype, to);
+      }
+    }
+  }
+  if (p.partial == nullptr) return;
+  const Matrix partial_weight(p.partial, DType::f32, 2 * width), partial_bias(p.partial + width, DType::f32, 2 * width);
+  column_sums(partial_weight, blocks, width, p.threads, p.grad_ln_weight);
+  column_sums(partial_bias, blocks, width, p.threads, p.grad_ln_bias);
+}
+
+void first_linear(const ProjectionArgs& p) {
+  const int64_t tokens = tokens_of(p), width = 4 * p.channels;
+  const Matrix grad_z(p.grad_z, DType::f32, p.hidden);
+  if (p.grad_b1 != nullptr) column_sums(grad_z, tokens, p.hidden, p.threads, p.grad_b1);
+  if (p.grad_w1 != nullptr) {
+    const Normalised normalised(p);
+    for_each_tile({grad_z, false}, {normalised, false}, TileGrid(p.hidden, width, p.threads), tokens, p.dtype == DType::bf16, p.threads,
+                  p.scratch, [&](const Tile& tile, const float* c) {
+                    for (int64_t i = 0; i < tile.mt; ++i) {
+                      narrow_row(c + i * kTileN, tile.nt, p.grad_w1, p.dtype, (tile.m0 + i) * width + tile.n0);
+                    }
+                  });
+  }
+  if (p.grad_x != nullptr || p.partial != nullptr) layer_norm(p);
+}
+
+void backward(const ProjectionArgs& p) {
+  second_linear(p);
+  if (p.grad_z != nullptr) first_linear(p);
+}
+
+}  // namespace
+
+extern const ProjectionKernels projection_kernels = {kBlockRows, kScratchFloats / 4, &forward, &backward};
+
+}  // namespace longvita::LV_ISA

@@ -1,0 +1,7 @@
+"""`python -m longvita.cli …` is the same as `longvita …`."""
+
+import sys
+
+from longvita.cli import main
+
+sys.exit(main())

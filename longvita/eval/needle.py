@@ -1,0 +1,108 @@
+"""The needle in a haystack: does the model find one marked frame in a long video, one code word in a long text?
+
+    result = evaluate_run("demo-out/stage4", kinds=("video", "text"), lengths=[1024, 8192], questions=200)
+    result["video"]["accuracy"][i][j]      # at lengths[i] (tokens of the whole conversation) and depths[j] (0 the start, 1 the end)
+
+Every question has one of ten digits as its answer, drawn uniformly: chance is 0.1. An answer counts when the only digit in it is the right one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from longvita.data.schema import Sample
+from longvita.eval import haystack
+from longvita.infer.engine import generate_ids
+from longvita.model.loading import load
+
+KINDS = ("video", "text")
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+TOKENS_AT_ONCE = 32768
+ANSWER_TOKENS = {"video": 4, "text": 12}
+
+
+def evaluate_run(
+    run_dir: str | os.PathLike, *, kinds: Sequence[str] = KINDS, lengths: Sequence[int] | None = None, depths: Sequence[float] | None = None,
+    questions: int = 200, seed: int = 0, progress: Callable[[str], None] | None = None,
+) -> dict:  # fmt: skip
+    """{kind: {"lengths", "depths", "accuracy", "questions"}} of the newest checkpoint in a run directory.
+
+    lengths    tokens of the whole conversation; default: an eighth, a quarter, half and all of what the run was trained with
+    questions  per kind, spread evenly over the grid (at least one a cell)
+    """
+    model, processor = load(run_dir)
+    lengths = list(lengths or default_lengths(run_dir))
+    depths = list(DEPTHS if depths is None else depths)
+    return {
+        kind: needle_grid(
+            model, processor, kind, lengths=lengths, depths=depths, questions=max(1, questions // (len(lengths) * len(depths))), seed=seed,
+            progress=progress,
+        )
+        for kind in kinds
+    }  # fmt: skip
+
+
+def default_lengths(run_dir: str | os.PathLike) -> list[int]:
+    """An eighth, a quarter, half and all of the sequence length in a run directory's config.json."""
+    from longvita.model.checkpoint_io import read_json
+
+    recipe = read_json(os.path.join(run_dir, "config.json")).get("recipe")
+    if not recipe:
+        raise ValueError(f"{run_dir} does not say how long its training sequences were: name the lengths (--lengths 1K,2K)")
+    return [recipe["sequence_length"] // part for part in (8, 4, 2, 1)]
+
+
+def needle_grid(
+    model, processor, kind: str, *, lengths: Sequence[int], depths: Sequence[float] = DEPTHS, questions: int = 10, seed: int = 0,
+    needle: bool = True, progress: Callable[[str], None] | None = None,
+) -> dict:  # fmt: skip
+    """Asks `questions` questions in every cell of lengths × depths, each about fresh held-out material.
+
+    needle=False asks the same questions with the marked frame unmarked and the fact left out: the score must then be at chance.
+    Returns {"lengths", "depths", "accuracy" (a row per length), "questions" (in all), "mean"}.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"expected one of {', '.join(KINDS)} as the kind of needle, got {kind!r}")
+    lengths, depths = sorted(lengths), sorted(depths)
+    accuracy = []
+    for length in lengths:
+        cells = [depth for depth in depths for _ in range(questions)]
+        rng = np.random.default_rng([seed, KINDS.index(kind), length])
+        with tempfile.TemporaryDirectory(prefix="longvita-needle-") as directory:
+            asked, prompts = itertools.tee(_questions(processor, kind, length, cells, rng, needle, directory))
+            batches = (processor(question.sample.messages[:-1], max_tokens=length) for question in prompts)
+            answers = generate_ids(model, batches, max_new_tokens=ANSWER_TOKENS[kind], tokens_at_once=TOKENS_AT_ONCE)
+            right = [score(processor.tokenizer.decode(ids), question.digit) for ids, question in zip(answers, asked, strict=True)]
+        accuracy.append(np.reshape(right, (len(depths), questions)).mean(axis=1).tolist())
+        if progress is not None:
+            progress(f"{kind} needle at {length} tokens: {np.mean(right):.2f} of {len(right)} questions right")
+    return {
+        "lengths": lengths, "depths": depths, "accuracy": accuracy, "questions": len(lengths) * len(depths) * questions,
+        "mean": float(np.mean(accuracy)),
+    }  # fmt: skip
+
+
+def score(answer: str, digit: int) -> bool:
+    """Whether the only digit in the answer is the right one."""
+    return re.findall(r"\d", answer) == [str(digit)]
+
+
+def _questions(processor, kind, length, cells, rng, needle, directory) -> Iterator[haystack.Needle]:
+    if kind == "text":
+        hay = haystack.TextHay(haystack.load_prose()[1], processor.tokenizer)
+        for depth in cells:
+            yield haystack.text_needle(hay, processor, length, rng, depth=depth, needle=needle)
+        return
+    hay = haystack.VideoHay(haystack.load_digits(processor.tile)[1])
+    count = haystack.video_frames(processor, length)
+    for number, depth in enumerate(cells):
+        frames, digit = hay.frames(count, rng, depth=depth, needle=needle)
+        path = os.path.join(directory, f"{number:04d}.mp4")
+        haystack.write_video(path, frames)
+        yield haystack.Needle(Sample(haystack.video_turns(path, digit), placeholders=False), digit)

@@ -1,0 +1,1 @@
+"""Inference: prefill in chunks, decoding of several conversations at once, sampling, streaming."""

@@ -1,0 +1,1 @@
+"""The model: vision tower, projector and decoder over packed tokens, its cache, and reading and writing its weights."""

@@ -1,0 +1,36 @@
+"""Attention, projector and vocabulary-head ops for long vision-language models: CPU native, `torch.compile` and autograd included.
+
+The public functions are in `__all__`. Each lives in `longvita_kernels.ops.<its name>` and is imported when it is first used, so that
+`import longvita_kernels` costs nothing: no torch, no native library, no compiler.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "append_kv",
+    "decode_attention",
+    "linear_cross_entropy",
+    "masked_lm_head",
+    "merge_attention",
+    "pixel_shuffle_projection",
+    "varlen_attention",
+]
+
+_SUBMODULES = ("backends", "native", "spec", "testing")
+
+
+def __getattr__(name):
+    if name in __all__:
+        value = getattr(import_module(f"{__name__}.ops.{name}"), name)
+    elif name in _SUBMODULES:
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__, *_SUBMODULES})

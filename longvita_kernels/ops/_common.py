@@ -1,0 +1,201 @@
+"""What every op module shares: registering flat custom ops, checking arguments, running the reference under an op, autocast.
+
+A flat op is defined once with `define_op`. Its implementation is called by torch's dispatcher directly (no wrapper per call), below
+autograd and autocast; `register_autograd` connects it to a backward that is a flat op of its own.
+"""
+
+import os
+
+import torch
+
+from longvita_kernels.spec import FLOAT_DTYPES
+
+LIBRARY = torch.library.Library("longvita", "DEF")
+
+
+def define_op(name, schema, implementation, fake, *, backward=None, setup_context=None, cuda=None, no_gradient_message=None):
+    """Register `longvita::{name}` and return its OpOverload, which is what modules call.
+
+    schema               "(Tensor a, float scale) -> (Tensor, Tensor)"; a written argument is annotated, "Tensor(a!) cache"
+    implementation       runs on CPU, and on CUDA unless `cuda` is given; gets exactly the schema's arguments. Outputs never alias inputs
+    fake                 same arguments → empty outputs of right shape, dtype and layout
+    backward             (ctx, *grads) → gradient or None per argument; with `setup_context(ctx, inputs, output)`
+    no_gradient_message  what an op without a backward says when a gradient is asked of it; default: that its second derivative is missing
+    """
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CPU")
+    LIBRARY.impl(name, cuda or implementation, "CUDA")
+    qualified = f"longvita::{name}"
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    message = no_gradient_message or (
+        f"{qualified} has no second derivative: its gradient cannot be differentiated again. Remedy: call backward or autograd.grad without "
+        "create_graph=True, or use the op's reference() for higher derivatives"
+    )
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(message)
+
+    mutates = "!" in schema
+    if not mutates:  # an op that writes in place has no gradient; its public function says so
+        torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=LIBRARY)
+    return getattr(torch.ops.longvita, name).default
+
+
+# ---------------------------------------------------------------------------------------------------------------- running references
+
+
+def run_reference(reference, *args, **kwargs):
+    """`reference(*args, **kwargs)` without gradients and outside autocast: the body of a flat op's reference path. → fresh dense outputs."""
+    with torch.no_grad(), _no_autocast(args):
+        outputs = reference(*args, **kwargs)
+    if isinstance(outputs, torch.Tensor):
+        return _fresh((outputs,), args)[0]
+    return _fresh(outputs, args)
+
+
+def reference_gradients(reference, inputs, needs, grads):
+    """Gradients of `reference(*inputs)` by autograd, for use inside a backward op.
+
+    inputs  arguments of `reference`; needs  one bool per input; grads  one cotangent (or None: output unused) per output
+    → one gradient per input, as a backward op returns it: `absent` where it was not needed, zeros where the input does not matter
+    """
+    # The dispatcher entered us below autograd; lift that, so that the reference can be differentiated in here.
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradOther", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad(), _no_autocast(inputs):
+        leaves = [x.detach().requires_grad_() if need else x for x, need in zip(inputs, needs, strict=True)]
+        outputs = reference(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None and output.requires_grad]
+        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        if used and wanted:
+            found = torch.autograd.grad([o for o, _ in used], wanted, [g for _, g in used], allow_unused=True, materialize_grads=True)
+        else:
+            found = [torch.zeros_like(leaf) for leaf in wanted]
+    found = iter(_fresh(found, (*inputs, *grads)))
+    return tuple(next(found) if need else absent(outputs[0]) for need in needs)
+
+
+def _fresh(outputs, inputs):
+    """Dense and sharing no memory with an input or each other, as torch.library requires of an op's outputs."""
+    taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, torch.Tensor)}
+    fresh = []
+    for output in outputs:
+        output = output.contiguous()
+        if output.untyped_storage().data_ptr() in taken:
+            output = output.clone()
+        taken.add(output.untyped_storage().data_ptr())
+        fresh.append(output)
+    return tuple(fresh)
+
+
+def _no_autocast(args):
+    device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+    return torch.autocast(device, enabled=False)
+
+
+def compute_dtype(tensor):
+    """Dtype a reference computes in: float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def absent(anchor):
+    """Zero-element float32 stand-in for a gradient that was not asked for, on the device of `anchor`: a flat op returns a fixed number of
+    tensors, and its fake must agree on their dtype."""
+    return anchor.new_empty(0, dtype=torch.float32)
+
+
+def pointer_and_strides(tensor, ndim):
+    """(address, first `ndim` strides in elements) for a native call; (0, zeros) for None."""
+    return (0, (0,) * ndim) if tensor is None else (tensor.data_ptr(), tensor.stride()[:ndim])
+
+
+def autocast_dtype(device_type):
+    """The dtype autocast asks for on this device, or None: the public functions cast to it like `linear` and SDPA do."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def autocast_tensors(*tensors):
+    """The tensors cast to the autocast dtype if autocast is on (float64 and None stay as they are), else unchanged."""
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
+        return tensors
+    return tuple(t if t is None or t.dtype not in FLOAT_DTYPES else t.to(dtype) for t in tensors)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- arguments
+
+
+def check_shape(name, tensor, expected, legend):
+    """Shape must be `expected` (None = any size there). legend: "(T, H, D)"."""
+    shape = tensor.shape
+    if len(shape) != len(expected) or any(want is not None and have != want for have, want in zip(shape, expected, strict=True)):
+        sizes = tuple("any" if want is None else want for want in expected)
+        raise ValueError(f"{name} has shape {tuple(shape)}; expected {legend} = {sizes}")
+
+
+def check_dtype(name, tensor, dtypes):
+    """Dtype must be one of `dtypes`."""
+    if tensor.dtype not in dtypes:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected one of {wanted}. Cast it with .to(...)")
+
+
+def check_float(name, tensor):
+    """float32, bfloat16 or float16 (float64 runs on the reference)."""
+    check_dtype(name, tensor, (*FLOAT_DTYPES, torch.float64))
+
+
+def check_like(name, tensor, other_name, other):
+    """Same dtype and device as another argument."""
+    if tensor.dtype != other.dtype:
+        raise ValueError(f"{name} has dtype {tensor.dtype} but {other_name} has {other.dtype}; cast one of them")
+    check_device(name, tensor, other_name, other)
+
+
+def check_device(name, tensor, other_name, other):
+    """Same device as another argument."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them")
+
+
+def check_last_stride(name, tensor):
+    """The last dimension must be dense (other strides are free)."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; expected 1. Remedy: {name}.contiguous()")
+
+
+def check_head_dim(name, size):
+    """Head dimension: a multiple of 8 up to 256 (made for 32 and more; 8 to 24 work as well)."""
+    if size % 8 or not 8 <= size <= 256:
+        raise ValueError(f"{name} has head dimension {size}; expected a multiple of 8, at most 256. Pad it with zeros")
+
+
+def check_cu_seqlens(name, cu_seqlens, device):
+    """int32 (n_docs + 1,) on `device`. Its values are checked when the op runs: `check_cu_seqlens_values`."""
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name} has shape {tuple(cu_seqlens.shape)}; expected (n_docs + 1,), the offsets of the documents, at least [0]")
+    if cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"{name} has dtype {cu_seqlens.dtype}; expected int32. Remedy: {name}.to(torch.int32)")
+    if cu_seqlens.device != device:
+        raise ValueError(f"{name} is on {cu_seqlens.device}; expected {device}, where the tokens are")
+
+
+def checks_values(tensor):
+    """Whether values may be looked at: always on CPU; elsewhere only with LONGVITA_CHECK=1, because it synchronises."""
+    return tensor.device.type == "cpu" or os.environ.get("LONGVITA_CHECK") == "1"
+
+
+def check_cu_seqlens_values(name, cu_seqlens, total):
+    """Starts at 0, never falls, ends at the token count. Call it inside a flat op (never while tracing)."""
+    if not checks_values(cu_seqlens):
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"{name} starts at {offsets[0]}; expected 0")
+    if offsets[-1] != total:
+        raise ValueError(f"{name} ends at {offsets[-1]} but there are {total} tokens; its last entry must be the number of tokens")
+    if any(after < before for before, after in zip(offsets, offsets[1:], strict=False)):
+        at = next(i for i in range(len(offsets) - 1) if offsets[i + 1] < offsets[i])
+        raise ValueError(f"{name} falls from {offsets[at]} to {offsets[at + 1]} at index {at + 1}; document offsets must not decrease")

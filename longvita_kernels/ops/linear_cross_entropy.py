@@ -1,0 +1,439 @@
+"""Cross entropy of `hidden @ weight.T` without the logits.
+
+    l[t, v] = softcap(hidden[t] · weight[v])        softcap(x) = c · tanh(x / c), or x where c = 0
+    lse[t]  = log Σ_v exp l[t, v]
+    loss[t] = (1 − s)·(lse[t] − l[t, label[t]]) + s·(lse[t] − mean_v l[t, v]) + z·lse[t]²
+
+(T, H): hidden. (V, H): weight. (T,): labels, already shifted. s label_smoothing, z z_loss. Rows whose label is ignore_index are dropped
+before anything is computed. R: rows that are left. Logits exist in float32 for one chunk of rows at a time (`_chunk`); a chunk gives
+its loss and, in the same visit, both gradients for a summed loss, which backward only scales. For reduction="none" and for a
+vocabulary that is spread over processes the gradients need numbers that come later, so backward makes the logits again.
+
+Sources: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009); Hsu et al. 2024, Liger Kernel
+(arXiv 2410.10989), for gradients in the forward pass; Chowdhery et al. 2022 (PaLM) for z_loss.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from longvita_kernels import backends, native
+from longvita_kernels.ops import _common, _gemm, _vocab_parallel
+from longvita_kernels.spec import OpSpec, SampleInput, nbytes
+
+
+class LossStats(NamedTuple):
+    """What the loss saw, as tensors without gradient."""
+
+    n_supervised: torch.Tensor  # int64: rows whose label is not ignore_index
+    n_correct: torch.Tensor  # int64: of these, rows whose label has the largest logit
+    lse_square_sum: torch.Tensor  # float32: Σ lse² over them, what z_loss multiplies
+
+
+def reference(hidden, weight, labels, *, ignore_index=-100, reduction="sum", loss_weight=None, softcap=0.0, z_loss=0.0,
+              label_smoothing=0.0, return_stats=False):  # fmt: skip
+    """The definition in plain torch, float32 inside (float64 for float64)."""
+    dtype = _common.compute_dtype(hidden)
+    rows = (labels != ignore_index).nonzero().squeeze(1)
+    statistics = _statistics(hidden[rows].to(dtype) @ weight.to(dtype).T, labels[rows], softcap)
+    return _finish(statistics, rows, labels, weight.shape[0], ignore_index, reduction, loss_weight, z_loss, label_smoothing, return_stats)
+
+
+def base(hidden, weight, labels, *, ignore_index=-100, reduction="sum", loss_weight=None, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
+         return_stats=False):  # fmt: skip
+    """The plain composition: logits in the inputs' own dtype, then the loss in float32."""
+    rows = (labels != ignore_index).nonzero().squeeze(1)
+    logits = torch.nn.functional.linear(hidden[rows], weight)
+    statistics = _statistics(logits.to(_common.compute_dtype(hidden)), labels[rows], softcap)
+    return _finish(statistics, rows, labels, weight.shape[0], ignore_index, reduction, loss_weight, z_loss, label_smoothing, return_stats)
+
+
+def _statistics(logits_RV, labels_R, softcap):
+    """(5, R): lse, logit of the label (0 where the label lies in another part of the vocabulary), sum and maximum of the logits l, and
+    Σ exp(l − maximum), from which probabilities are more exact than from lse; no gradient runs through the last two."""
+    if softcap > 0.0:
+        logits_RV = softcap * torch.tanh(logits_RV / softcap)
+    here_R = (labels_R >= 0) & (labels_R < logits_RV.shape[1])
+    target_R = logits_RV.gather(1, torch.where(here_R, labels_R, 0).unsqueeze(1)).squeeze(1) * here_R
+    largest_R = logits_RV.detach().amax(1)
+    exp_sum_R = (logits_RV.detach() - largest_R.unsqueeze(1)).exp().sum(1)
+    return torch.stack((logits_RV.logsumexp(1), target_R, logits_RV.sum(1), largest_R, exp_sum_R))
+
+
+def _row_loss(statistics, vocab_size, z_loss, label_smoothing):
+    lse, target, total = statistics[:3]
+    loss = (1.0 - label_smoothing) * (lse - target)
+    if label_smoothing > 0.0:
+        loss = loss + label_smoothing * (lse - total / vocab_size)
+    return loss + z_loss * lse.square() if z_loss > 0.0 else loss
+
+
+def _finish(statistics, rows, labels, vocab_size, ignore_index, reduction, loss_weight, z_loss, label_smoothing, return_stats):
+    """Loss and stats from the statistics of `rows` (R,)."""
+    loss = _row_loss(statistics, vocab_size, z_loss, label_smoothing)
+    supervised = labels[rows] != ignore_index
+    weight = supervised.to(loss.dtype) if loss_weight is None else loss_weight.detach()[rows].to(loss.dtype) * supervised
+    loss = torch.where(supervised, loss, 0.0) * weight  # a row that was not computed may hold anything
+    loss = loss.new_zeros(labels.shape[0]).index_copy(0, rows, loss) if reduction == "none" else loss.sum()
+    return _with_stats(loss / _divisor(weight) if reduction == "mean" else loss, statistics, supervised, return_stats)
+
+
+def _divisor(weight):
+    """Σ weight, and 1 where that is 0: nothing supervised gives a loss of 0."""
+    total = weight.sum()
+    return torch.where(total == 0, 1.0, total)
+
+
+def _with_stats(loss, statistics, supervised, return_stats):
+    if not return_stats:
+        return loss
+    lse, target, _, largest = statistics.detach()[:4]
+    squares = torch.where(supervised, lse, 0.0).square().sum()
+    return loss, LossStats(supervised.sum(), (supervised & (target >= largest)).sum(), squares)
+
+
+def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction="sum", loss_weight=None, softcap=0.0, z_loss=0.0,
+                         label_smoothing=0.0, return_stats=False, vocab_start=0, vocab_group=None):  # fmt: skip
+    """Cross entropy between `hidden @ weight.T` and `labels`; the (T, V) logits are never made.
+
+    hidden (T, H), weight (V, H)  float32, bfloat16 or float16, alike; last dimension dense, rows may be strided; both take gradients
+    labels (T,) int64             already shifted: labels[t] is what hidden[t] predicts; rows with ignore_index cost nothing
+    reduction                     "sum"; "mean", divided by Σ loss_weight over supervised rows (their number without loss_weight); "none" (T,)
+    loss_weight (T,)              factor of each row's loss; takes no gradient
+    softcap, z_loss, label_smoothing   as in the equation of this module; 0 turns each off
+    return_stats                  → (loss, LossStats)
+    vocab_start, vocab_group      tensor-parallel head: weight holds the rows vocab_start … vocab_start+V−1 of the whole one, labels stay global,
+                                  every process of the torch.distributed group makes the same call; the gradient of hidden is summed over it
+    → loss, float32. Nothing supervised gives 0. Sums are in float32, gradients are rounded once, and a frozen input skips its matmul.
+
+    Memory beside inputs and outputs: one chunk of logits, at most max(4 Mi, 256 · V) floats; from forward to backward the float32 gradients
+    of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile (T, H): R is not known there). reduction="none" and
+    vocab_group keep no gradients and make the logits twice.
+    Raises ValueError for arguments that do not fit and, on the CPU, for a label outside 0 … V−1 that is not ignore_index.
+    """
+    _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, label_smoothing, vocab_start, vocab_group)
+    hidden, weight = _common.autocast_tensors(hidden, weight)
+    if loss_weight is not None:
+        loss_weight = loss_weight.detach().to(_common.compute_dtype(hidden))
+    vocab_size = weight.shape[0]
+    if vocab_group is not None:
+        vocab_size = _vocab_parallel.total(vocab_size, hidden.device, vocab_group)
+        hidden = _vocab_parallel.sum_gradient(hidden, vocab_group)
+    needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
+    if vocab_group is None and reduction != "none" and any(needs):
+        return _summed(hidden, weight, labels, needs, ignore_index, reduction, loss_weight, softcap, z_loss, label_smoothing, return_stats)
+    statistics = _rows(hidden, weight, labels, ignore_index, softcap, vocab_start, vocab_size)
+    if vocab_group is not None:
+        statistics = _vocab_parallel.join_statistics(statistics, vocab_group)
+    everything = torch.arange(labels.shape[0], device=labels.device)
+    return _finish(statistics, everything, labels, vocab_size, ignore_index, reduction, loss_weight, z_loss, label_smoothing, return_stats)
+
+
+def _summed(hidden, weight, labels, needs, ignore_index, reduction, loss_weight, softcap, z_loss, label_smoothing, return_stats):
+    """Loss with both gradients from one visit of every chunk."""
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = (labels != ignore_index).nonzero().squeeze(1)  # so that what waits for backward has R rows, not T
+    else:
+        rows = torch.arange(labels.shape[0], device=labels.device)
+    picked = labels[rows]
+    picked_weight = None if loss_weight is None else loss_weight[rows]
+    loss, statistics, _, _ = _loss(
+        hidden, weight, rows, picked, picked_weight, ignore_index, softcap, z_loss, label_smoothing, needs
+    )  # fmt: skip
+    supervised = picked != ignore_index
+    if reduction == "mean":
+        loss = loss / _divisor(supervised.to(loss.dtype) if loss_weight is None else picked_weight * supervised)
+    return _with_stats(loss, statistics, supervised, return_stats)
+
+
+def _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, label_smoothing, vocab_start, vocab_group):
+    _common.check_shape("hidden", hidden, (None, None), "(T, H)")
+    _common.check_shape("weight", weight, (None, hidden.shape[1]), "(V, H)")
+    _common.check_shape("labels", labels, (hidden.shape[0],), "(T,)")
+    _common.check_float("hidden", hidden)
+    if not torch.is_autocast_enabled(hidden.device.type):
+        _common.check_like("weight", weight, "hidden", hidden)
+    _common.check_last_stride("hidden", hidden)
+    _common.check_last_stride("weight", weight)
+    _common.check_dtype("labels", labels, (torch.int64,))
+    _common.check_device("labels", labels, "hidden", hidden)
+    if weight.shape[0] == 0:
+        raise ValueError("weight has 0 rows; expected (V, H) with V at least 1: the loss of an empty vocabulary has no meaning")
+    if reduction not in ("sum", "mean", "none"):
+        raise ValueError(f"reduction is {reduction!r}; expected 'sum', 'mean' or 'none'")
+    if loss_weight is not None:
+        _common.check_shape("loss_weight", loss_weight, (hidden.shape[0],), "(T,)")
+        _common.check_float("loss_weight", loss_weight)
+        _common.check_device("loss_weight", loss_weight, "hidden", hidden)
+    if softcap < 0.0 or z_loss < 0.0 or not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(
+            f"softcap is {softcap}, z_loss {z_loss}, label_smoothing {label_smoothing}; expected softcap ≥ 0, z_loss ≥ 0 and "
+            "0 ≤ label_smoothing < 1, where 0 turns each off"
+        )
+    if vocab_group is None and vocab_start != 0:
+        raise ValueError(f"vocab_start is {vocab_start} without vocab_group; pass the torch.distributed group that holds the other rows of weight")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ flat ops
+
+
+def _check_labels(labels, rows, ignore_index, vocab_size):
+    """Labels must be ignore_index or lie in 0 … vocab_size−1; names the first that does not."""
+    if not _common.checks_values(labels):
+        return
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"labels[{at if rows is None else int(rows[at])}] is {int(labels[at])}; expected 0 … {vocab_size - 1} for a vocabulary of "
+            f"{vocab_size}, or ignore_index = {ignore_index}. Remedy: check the tokenizer against the model, or set such labels to ignore_index"
+        )
+
+
+def _chunk(vocab, rows):
+    """Rows whose logits exist at one time: a function of the sizes alone, because the order of sums follows it."""
+    return max(1, min(rows, max(256, min(2048, (4 << 20) // vocab))))
+
+
+def _run_native(hidden, weight, rows, labels, softcap, statistics, *, coefficients=None, recompute=False, row_weight=None, smoothing=0.0,
+                z_loss=0.0, needs=(False, False)):  # fmt: skip
+    """One pass over `rows` (R,) of hidden: fills statistics (5, R), or reads them to recompute → float32 gradients (R, H) and (V, H)."""
+    module, vocab = native.load(), weight.shape[0]
+    chunk, blocks = _chunk(vocab, rows.shape[0]), -(-vocab // module.linear_cross_entropy_block())
+    if coefficients is None:
+        coefficients = torch.empty(3, rows.shape[0] if any(needs) else 0, dtype=torch.float32)
+    partial = torch.empty(0 if recompute else 3 * blocks * chunk, dtype=torch.float32)
+    logits = torch.empty(chunk * vocab if any(needs) else 0, dtype=torch.float32)
+    grads = [torch.empty(n, hidden.shape[1], dtype=torch.float32) if need else _common.absent(hidden)
+             for n, need in zip((rows.shape[0], vocab), needs, strict=True)]  # fmt: skip
+    scratch = _gemm.scratch()
+    module.linear_cross_entropy_run(
+        native.dtype_code(hidden.dtype), *hidden.shape, vocab, rows.shape[0],
+        hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), rows.data_ptr(), labels.data_ptr(),
+        softcap, statistics.data_ptr(), chunk, partial.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+        recompute, coefficients.data_ptr(), 0 if row_weight is None else row_weight.data_ptr(), smoothing, z_loss,
+        logits.data_ptr(), grads[0].data_ptr(), grads[1].data_ptr(),
+    )  # fmt: skip
+    return grads
+
+
+def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs):
+    """Sum of the losses of `rows`, their statistics and, unscaled and in float32, the gradients that `needs` asks for."""
+    _check_labels(labels, rows, ignore_index, weight.shape[0])
+    loss, statistics, grad_rows, grad_weight = _loss_fake(
+        hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs
+    )
+    kept = (labels != ignore_index).nonzero().squeeze(1)
+    picked, labels = rows[kept], labels[kept]
+    weight_R = None if loss_weight is None else loss_weight[kept]
+    if backends.choose("linear_cross_entropy", hidden) == "reference":
+        found, grads = _reference_pass(hidden, weight, picked, labels, weight_R, softcap, z_loss, label_smoothing, needs)
+    else:
+        found = torch.empty(5, kept.shape[0], dtype=torch.float32)
+        grads = _run_native(hidden, weight, picked, labels, softcap, found, row_weight=weight_R, smoothing=label_smoothing, z_loss=z_loss, needs=needs)
+    row_loss = _row_loss(found, weight.shape[0], z_loss, label_smoothing)
+    loss.copy_((row_loss if weight_R is None else row_loss * weight_R).sum())
+    statistics.zero_().index_copy_(1, kept, found)
+    if needs[0]:
+        grad_rows.zero_().index_copy_(0, kept, grads[0]) if kept.shape[0] < rows.shape[0] else grad_rows.copy_(grads[0])
+    return loss, statistics, grad_rows, grads[1] if needs[1] else grad_weight
+
+
+def _reference_pass(hidden, weight, rows, labels, loss_weight, softcap, z_loss, label_smoothing, needs):
+    """What `_run_native` does, by autograd through the definition. → statistics, (gradient of the rows, of weight)."""
+    dtype = _common.compute_dtype(hidden)
+
+    def definition(hidden_RH, weight_VH):
+        statistics = _statistics(hidden_RH @ weight_VH.T, labels, softcap)
+        loss = _row_loss(statistics, weight_VH.shape[0], z_loss, label_smoothing)
+        return (loss if loss_weight is None else loss * loss_weight).sum(), statistics
+
+    inputs = (hidden[rows].to(dtype), weight.to(dtype))
+    _, statistics = _common.run_reference(definition, *inputs)
+    return statistics, _common.reference_gradients(definition, inputs, needs, (statistics.new_ones(()), None))
+
+
+def _loss_fake(hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs):
+    dtype = _common.compute_dtype(hidden)
+    sizes = (rows.shape[0] if needs[0] else 0, weight.shape[0] if needs[1] else 0)
+    grads = (hidden.new_empty(size, hidden.shape[1], dtype=dtype) for size in sizes)
+    return hidden.new_empty((), dtype=dtype), hidden.new_empty(5, rows.shape[0], dtype=dtype), *grads
+
+
+def _loss_setup_context(ctx, inputs, output):
+    hidden, weight, rows = inputs[:3]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, rows, output[2], output[3])
+    ctx.needs = inputs[-1]
+
+
+def _loss_backward(ctx, grad, *unused):
+    if grad is None:
+        return (None,) * 10
+    grads = _loss_grad(grad, *ctx.saved_tensors, ctx.needs)
+    return *(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), *(None,) * 8
+
+
+def _loss_grad_impl(grad, hidden, weight, rows, grad_rows, grad_weight, needs):
+    """Scale, round once, and put the rows where they belong."""
+    out_hidden, out_weight = _common.absent(hidden), _common.absent(hidden)
+    if needs[0]:
+        out_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        out_hidden.index_copy_(0, rows, (grad_rows * grad).to(hidden.dtype))
+    if needs[1]:
+        out_weight = torch.mul(grad_weight, grad).to(weight.dtype)
+    return out_hidden, out_weight
+
+
+def _input_grads_fake(hidden, weight, needs):
+    return tuple(x.new_empty(x.shape) if need else _common.absent(x) for x, need in zip((hidden, weight), needs, strict=True))
+
+
+def _loss_grad_fake(grad, hidden, weight, rows, grad_rows, grad_weight, needs):
+    return _input_grads_fake(hidden, weight, needs)
+
+
+def _rows_impl(hidden, weight, labels, ignore_index, softcap, vocab_start, vocab_size):
+    """Statistics (5, T) of the supervised rows, 0 elsewhere."""
+    _check_labels(labels, None, ignore_index, vocab_size)
+    rows = (labels != ignore_index).nonzero().squeeze(1)
+    local = labels[rows] - vocab_start
+    if backends.choose("linear_cross_entropy", hidden) == "reference":
+        dtype = _common.compute_dtype(hidden)
+        found = _common.run_reference(lambda h, w: _statistics(h.to(dtype) @ w.to(dtype).T, local, softcap), hidden[rows], weight)
+    else:
+        found = torch.empty(5, rows.shape[0], dtype=torch.float32)
+        _run_native(hidden, weight, rows, local, softcap, found)
+    return found.new_zeros(5, labels.shape[0]).index_copy_(1, rows, found)
+
+
+def _rows_fake(hidden, weight, labels, ignore_index, softcap, vocab_start, vocab_size):
+    return hidden.new_empty(5, labels.shape[0], dtype=_common.compute_dtype(hidden))
+
+
+def _rows_setup_context(ctx, inputs, output):
+    hidden, weight, labels, *ctx.options, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, labels, output)
+
+
+def _rows_backward(ctx, grad):
+    needs = list(ctx.needs_input_grad[:2])
+    if grad is None:
+        return (None,) * 7
+    grads = _rows_grad(grad, *ctx.saved_tensors, *ctx.options, needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
+
+
+def _rows_grad_impl(grad, hidden, weight, labels, statistics, ignore_index, softcap, vocab_start, needs):
+    """Makes the logits again, with the gradients of lse, target and sum as coefficients (the maximum has none)."""
+    rows = (labels != ignore_index).nonzero().squeeze(1)
+    local = labels[rows] - vocab_start
+    coefficients = grad[:3, rows].contiguous()
+    if backends.choose("linear_cross_entropy", hidden) == "reference":
+        dtype = _common.compute_dtype(hidden)
+
+        def definition(hidden_RH, weight_VH):
+            return _statistics(hidden_RH @ weight_VH.T, local, softcap)[:3]
+
+        grads = _common.reference_gradients(definition, (hidden[rows].to(dtype), weight.to(dtype)), needs, (coefficients,))
+    else:
+        found = statistics[:, rows].contiguous()
+        grads = _run_native(hidden, weight, rows, local, softcap, found, coefficients=coefficients, recompute=True, needs=needs)
+    out = _input_grads_fake(hidden, weight, needs)
+    if needs[0]:
+        out[0].zero_().index_copy_(0, rows, grads[0].to(hidden.dtype))
+    if needs[1]:
+        out[1].copy_(grads[1])
+    return out
+
+
+def _rows_grad_fake(grad, hidden, weight, labels, statistics, ignore_index, softcap, vocab_start, needs):
+    return _input_grads_fake(hidden, weight, needs)
+
+
+_INPUTS = "Tensor hidden, Tensor weight"
+_OPTIONS = "int ignore_index, float softcap"
+_loss_grad = _common.define_op(
+    "linear_cross_entropy_backward",
+    f"(Tensor grad, {_INPUTS}, Tensor rows, Tensor grad_rows, Tensor grad_weight, bool[2] needs) -> (Tensor, Tensor)",
+    _loss_grad_impl, _loss_grad_fake,
+)  # fmt: skip
+_loss = _common.define_op(
+    "linear_cross_entropy",
+    f"({_INPUTS}, Tensor rows, Tensor labels, Tensor? loss_weight, {_OPTIONS}, float z_loss, float label_smoothing, bool[2] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _loss_impl, _loss_fake, backward=_loss_backward, setup_context=_loss_setup_context,
+)  # fmt: skip
+_rows_grad = _common.define_op(
+    "linear_cross_entropy_rows_backward",
+    f"(Tensor grad, {_INPUTS}, Tensor labels, Tensor statistics, {_OPTIONS}, int vocab_start, bool[2] needs) -> (Tensor, Tensor)",
+    _rows_grad_impl, _rows_grad_fake,
+)  # fmt: skip
+_rows = _common.define_op(
+    "linear_cross_entropy_rows",
+    f"({_INPUTS}, Tensor labels, {_OPTIONS}, int vocab_start, int vocab_size) -> Tensor",
+    _rows_impl, _rows_fake, backward=_rows_backward, setup_context=_rows_setup_context,
+)  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------------------- spec
+
+
+def _samples(dtype, device, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(label, tokens, width, vocab, *, supervised=1.0, strided=False, weighted=False, **options):
+        wide = width + (3 if strided else 0)
+        hidden = torch.randn(tokens, wide, generator=generator).to(device, dtype)[:, :width]
+        weight = (2.0 * torch.randn(vocab, wide, generator=generator) / width**0.5).to(device, dtype)[:, :width]
+        labels = torch.randint(vocab, (tokens,), generator=generator)
+        labels[torch.rand(tokens, generator=generator) >= supervised] = options.get("ignore_index", -100)
+        if weighted:
+            options["loss_weight"] = torch.rand(tokens, generator=generator).to(device)
+        return SampleInput(label, (hidden, weight, labels.to(device)), options, ("hidden", "weight"))
+
+    yield make("every row supervised", 29, 40, 83)
+    yield make("mean over some rows, several blocks", 331, 65, 523, supervised=0.8, reduction="mean")
+    yield make("loss of each row, strided views", 37, 48, 131, supervised=0.7, strided=True, reduction="none")
+    yield make("all options", 43, 32, 301, supervised=0.8, weighted=True, softcap=5.0, z_loss=0.01, label_smoothing=0.1, ignore_index=0)
+    yield make("all options, each row", 31, 24, 67, weighted=True, reduction="none", softcap=3.0, z_loss=0.02, label_smoothing=0.2)
+    yield make("weighted mean", 19, 17, 41, weighted=True, strided=True, reduction="mean", z_loss=0.1)
+    yield make("one row", 1, 16, 37)
+    yield make("a vocabulary of one", 13, 16, 1, z_loss=0.1, reduction="none")
+    yield make("nothing supervised", 11, 16, 37, supervised=0.0, reduction="mean")
+    yield make("no rows", 0, 16, 37)
+
+
+def _supervised(sample):
+    return int((sample.args[2] != sample.kwargs.get("ignore_index", -100)).sum())
+
+
+def _bytes(sample):
+    hidden, weight, labels = sample.args
+    return nbytes(weight, labels) + _supervised(sample) * hidden.shape[1] * hidden.element_size()
+
+
+def _flops(sample):
+    return 2 * _supervised(sample) * sample.args[1].numel()
+
+
+def _flat_calls(sample):
+    hidden, weight, labels = sample.args
+    options = [sample.kwargs.get("ignore_index", -100), sample.kwargs.get("softcap", 0.0)]
+    rows, needs = torch.arange(labels.shape[0]), [True, True]
+    loss_args = (hidden, weight, rows, labels, sample.kwargs.get("loss_weight"), *options, 0.01, 0.1, needs)
+    yield _loss, loss_args
+    _, _, grad_rows, grad_weight = _loss(*loss_args)
+    yield _loss_grad, (torch.tensor(0.5), hidden, weight, rows, grad_rows, grad_weight, needs)
+    yield _rows, (hidden, weight, labels, *options, 0, weight.shape[0])
+    statistics = _rows(hidden, weight, labels, *options, 0, weight.shape[0])
+    for needs in ([True, True], [False, True], [True, False]):
+        yield _rows_grad, (torch.ones_like(statistics), hidden, weight, labels, statistics, *options, 0, needs)
+
+
+SPEC = OpSpec(
+    name="linear_cross_entropy", op=linear_cross_entropy, reference=reference, base=base, samples=_samples, outputs=("loss",),
+    autocast=("hidden", "weight"),
+    bytes=_bytes, flops=_flops, flat_calls=_flat_calls,
+)  # fmt: skip

@@ -1,0 +1,265 @@
+"""Pixel shuffle, LayerNorm and the two-layer projector from vision features to language-model embeddings, as one op.
+
+    s[n, i, j, (dr·2 + dc)·C + c] = x[n, 2i + dr, 2j + dc, c]               four patches become one token of 4C channels
+    z = LayerNorm(s; ln_weight, ln_bias, eps) · w1ᵀ + b1        y = GELU(z) · w2ᵀ + b2        GELU(z) = z · Φ(z), exact
+
+(N, L, C): x, N tiles of L patches, the class token (skipped) first where there is one. (N, R, ·): tokens, R = rows/2 · cols/2.
+D: width of z. O: width of y. A token is two runs of 2C channels in x, so neither the shuffled nor the normalised matrix is ever made:
+the first matmul reads the runs where they stand and normalises them on the way, forward and backward.
+
+Source: InternVL's pixel shuffle (arXiv 2404.16821) as in Long-VITA (arXiv 2502.05177), whose LayerNorm → Linear → GELU → Linear has no biases.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from longvita_kernels import backends, native
+from longvita_kernels.ops import _common, _gemm
+from longvita_kernels.spec import OpSpec, SampleInput, nbytes
+
+
+def reference(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None, grid=(32, 32), class_token=True, eps=1e-5):
+    """The definition in plain torch, float32 inside (float64 for float64)."""
+    dtype = _common.compute_dtype(x)
+    return _compose(dtype, x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps).to(x.dtype)
+
+
+def base(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None, grid=(32, 32), class_token=True, eps=1e-5):
+    """The plain composition in the inputs' own dtype."""
+    return _compose(x.dtype, x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps)
+
+
+def _compose(dtype, x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps):
+    x, ln_weight, ln_bias, w1, b1, w2, b2 = (None if t is None else t.to(dtype) for t in (x, ln_weight, ln_bias, w1, b1, w2, b2))
+    patches_NLC = x[:, 1:] if class_token else x
+    (tiles, _, channels), rows, cols = patches_NLC.shape, grid[0] // 2, grid[1] // 2
+    corners = patches_NLC.reshape(tiles, rows, 2, cols, 2, channels).permute(0, 1, 3, 2, 4, 5)
+    normed = F.layer_norm(corners.reshape(tiles, rows * cols, 4 * channels), (4 * channels,), ln_weight, ln_bias, eps)
+    return F.linear(F.gelu(F.linear(normed, w1, b1)), w2, b2)
+
+
+def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None, grid=(32, 32), class_token=True, eps=1e-5):
+    """Project the patches of N tiles to N × (rows/2 · cols/2) tokens.
+
+    x (N, rows·cols [+ 1], C)   float32, bfloat16 or float16; last dimension dense, tiles and patches may be strided
+    ln_weight, ln_bias (4C,)    same dtype, or float32
+    w1 (D, 4C), w2 (O, D)       same dtype as x; optional b1 (D,), b2 (O,)
+    grid                        (rows, cols) of patches, both even; class_token: x[:, 0] is one, and is skipped
+    → (N, rows/2 · cols/2, O) in x's dtype. All seven tensors take gradients; those that are frozen skip their part of the work.
+
+    Statistics, sums and GELU are in float32. Memory beside inputs and outputs: GELU(z), and z if a gradient may follow, (tokens, D) each;
+    backward the float32 gradient of z, and per thread 96 tokens of 4C floats. Autocast casts like `linear` (LayerNorm stays float32 inside).
+    Raises ValueError for shapes, dtypes, devices or strides that do not fit.
+    """
+    x, w1, b1, w2, b2 = _common.autocast_tensors(x, w1, b1, w2, b2)
+    _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token)
+    tensors = (x, ln_weight, ln_bias, w1, b1, w2, b2)
+    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return _project(*tensors, list(grid), class_token, eps, save)[0]
+
+
+def _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token):
+    if len(grid) != 2 or any(size <= 0 or size % 2 for size in grid):
+        raise ValueError(f"grid is {tuple(grid)}; expected (rows, cols) of patches, both even and positive: pixel shuffle joins 2 × 2 of them")
+    length, legend = grid[0] * grid[1] + int(class_token), f"(N, rows·cols{' + 1' if class_token else ''}, C)"
+    if x.ndim == 3 and x.shape[1] == grid[0] * grid[1] + 1 - int(class_token):
+        hint = "pass class_token=False, or prepend the class token" if class_token else "pass class_token=True, or drop the first patch"
+        raise ValueError(f"x has {x.shape[1]} rows per tile; expected {length} for grid {tuple(grid)} with class_token={class_token}; {hint}")
+    _common.check_shape("x", x, (None, length, None), legend)
+    _common.check_float("x", x)
+    _common.check_last_stride("x", x)
+    width, hidden = 4 * x.shape[2], w1.shape[0]
+    for name, tensor, shape, legend in (
+        ("ln_weight", ln_weight, (width,), "(4C,)"), ("ln_bias", ln_bias, (width,), "(4C,)"), ("w1", w1, (None, width), "(D, 4C)"),
+        ("b1", b1, (hidden,), "(D,)"), ("w2", w2, (None, hidden), "(O, D)"), ("b2", b2, (w2.shape[0],), "(O,)"),
+    ):  # fmt: skip
+        if tensor is None:
+            continue
+        _common.check_shape(name, tensor, shape, legend)
+        if name.startswith("ln_"):
+            _common.check_dtype(name, tensor, (x.dtype, torch.float32))
+            _common.check_device(name, tensor, "x", x)
+        else:
+            _common.check_like(name, tensor, "x", x)
+            _common.check_last_stride(name, tensor)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ flat ops
+
+
+def _backend(x):
+    limit = f"the native kernel takes at most {_max_channels()} channels, not {x.shape[2]}" if x.shape[2] > _max_channels() else None
+    empty = "there are no channels" if x.shape[2] == 0 else None
+    return backends.choose("pixel_shuffle_projection", x, limit or empty)
+
+
+def _max_channels():
+    module = native.load()
+    return module.pixel_shuffle_projection_max_channels() if hasattr(module, "pixel_shuffle_projection_max_channels") else 0
+
+
+def _sizes(x, w1, w2, grid):
+    """(N, rows, cols, C, D, O) and the number of tokens."""
+    tiles, _, channels = x.shape
+    return (tiles, *grid, channels, w1.shape[0], w2.shape[0]), tiles * (grid[0] // 2) * (grid[1] // 2)
+
+
+class _NativeCall:
+    """The arguments that forward and backward share; keeps alive what they point to."""
+
+    def __init__(self, x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, stats, z, act):
+        module, threads = native.load(), torch.get_num_threads()
+        patches = x[:, 1:] if class_token else x
+        vectors = [None if t is None else t.detach().to(torch.float32).contiguous() for t in (ln_weight, ln_bias, b1, b2)]
+        scratch = _gemm.scratch()
+        row_scratch = torch.empty(threads * module.pixel_shuffle_projection_block_rows() * 4 * x.shape[2], dtype=torch.float32)
+        self.alive = (patches, *vectors, scratch, row_scratch)
+        ln_weight, ln_bias, b1, b2 = (0 if t is None else t.data_ptr() for t in vectors)
+        self.arguments = (
+            native.dtype_code(x.dtype), _sizes(x, w1, w2, grid)[0], patches.data_ptr(), patches.stride()[:2], ln_weight, ln_bias,
+            w1.data_ptr(), w1.stride(0), b1, w2.data_ptr(), w2.stride(0), b2, eps, stats.data_ptr(), z.data_ptr(), act.data_ptr(),
+            scratch.data_ptr(), row_scratch.data_ptr(), threads,
+        )  # fmt: skip
+
+
+def _forward_impl(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, save):
+    y, z, stats = _forward_fake(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, save)
+    if _backend(x) == "reference":
+        y = _common.run_reference(reference, x, ln_weight, ln_bias, w1, w2, b1=b1, b2=b2, grid=grid, class_token=class_token, eps=eps)
+        return y, z.zero_(), stats.zero_()  # its backward runs the definition again and reads neither
+    act = x.new_empty(stats.shape[1], w1.shape[0])
+    call = _NativeCall(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, stats, z, act)
+    native.load().pixel_shuffle_projection_forward(*call.arguments, y.data_ptr())
+    return y, z, stats
+
+
+def _forward_fake(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, save):
+    _, tokens = _sizes(x, w1, w2, grid)
+    y = x.new_empty(x.shape[0], (grid[0] // 2) * (grid[1] // 2), w2.shape[0])
+    return y, x.new_empty(tokens if save else 0, w1.shape[0]), x.new_empty(2, tokens, dtype=torch.float32)
+
+
+def _backward_impl(grad, x, ln_weight, ln_bias, w1, b1, w2, b2, z, stats, grid, class_token, eps, needs):
+    inputs = (x, ln_weight, ln_bias, w1, b1, w2, b2)
+    if _backend(x) == "reference":
+
+        def definition(x, ln_weight, ln_bias, w1, b1, w2, b2):
+            return reference(x, ln_weight, ln_bias, w1, w2, b1=b1, b2=b2, grid=grid, class_token=class_token, eps=eps)
+
+        return _common.reference_gradients(definition, inputs, needs, (grad,))
+    module = native.load()
+    (_, _, _, channels, hidden, _), tokens = _sizes(x, w1, w2, grid)
+    need_x, need_lw, need_lb, need_w1, need_b1, need_w2, need_b2 = needs
+    grad = grad.reshape(tokens, w2.shape[0])
+    grad = _gemm.dense_rows(grad)
+    vector = [torch.empty(size if need else 0, dtype=torch.float32) for size, need in (
+        (4 * channels, need_lw or need_lb), (4 * channels, need_lw or need_lb), (hidden, need_b1), (w2.shape[0], need_b2))]  # fmt: skip
+    out_x, out_w1, out_w2 = (t.new_empty(t.shape) if need else _common.absent(x) for t, need in ((x, need_x), (w1, need_w1), (w2, need_w2)))
+    patches = out_x[:, 1:] if need_x and class_token else out_x
+    if need_x and class_token:
+        out_x[:, 0].zero_()
+    grad_z = torch.empty(max(tokens, 1) if any(needs[:5]) else 0, hidden, dtype=torch.float32)  # null means that nothing needs it
+    blocks = -(-tokens // module.pixel_shuffle_projection_block_rows())
+    partial = torch.empty(max(blocks, 1) if need_lw or need_lb else 0, 2, 4 * channels, dtype=torch.float32)
+    act = x.new_empty(tokens if need_w2 else 0, hidden)
+    call = _NativeCall(*inputs, grid, class_token, eps, stats, z, act)
+    module.pixel_shuffle_projection_backward(
+        *call.arguments, grad.data_ptr(), grad.stride(0), grad_z.data_ptr(), partial.data_ptr(),
+        patches.stride()[:2] if need_x else (0, 0),
+        (patches.data_ptr(), vector[0].data_ptr(), vector[1].data_ptr(), out_w1.data_ptr(), vector[2].data_ptr(),
+         out_w2.data_ptr(), vector[3].data_ptr()),
+    )  # fmt: skip
+    cast = [v.to(t.dtype) if need else _common.absent(x) for v, t, need in zip(
+        vector, (ln_weight, ln_bias, b1, b2), (need_lw, need_lb, need_b1, need_b2), strict=True)]  # fmt: skip
+    return out_x, cast[0], cast[1], out_w1, cast[2], out_w2, cast[3]
+
+
+def _backward_fake(grad, x, ln_weight, ln_bias, w1, b1, w2, b2, z, stats, grid, class_token, eps, needs):
+    inputs = (x, ln_weight, ln_bias, w1, b1, w2, b2)
+    return tuple(t.new_empty(t.shape) if need else _common.absent(x) for t, need in zip(inputs, needs, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7], *output[1:])
+    ctx.options = inputs[7:10]
+
+
+def _backward(ctx, grad, *unused):
+    needs = list(ctx.needs_input_grad[:7])
+    if grad is None:
+        return (None,) * 11
+    grads = _project_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None
+
+
+_INPUTS = "Tensor x, Tensor ln_weight, Tensor ln_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
+_project_backward = _common.define_op(
+    "pixel_shuffle_projection_backward",
+    f"(Tensor grad, {_INPUTS}, Tensor z, Tensor stats, int[] grid, bool class_token, float eps, bool[7] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl, _backward_fake,
+)  # fmt: skip
+_project = _common.define_op(
+    "pixel_shuffle_projection",
+    f"({_INPUTS}, int[] grid, bool class_token, float eps, bool save) -> (Tensor, Tensor, Tensor)",
+    _forward_impl, _forward_fake, backward=_backward, setup_context=_setup_context,
+)  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------------------- spec
+
+
+def _samples(dtype, device, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0, offset=0.0):
+        return (scale * torch.randn(*shape, generator=generator) + offset).to(device, dtype)
+
+    def make(label, tiles, grid, channels, hidden, out, *, biases=False, strided=0, class_token=True, offset=0.0):
+        length, width = grid[0] * grid[1] + int(class_token), 4 * channels
+        x = normal(tiles, length + strided, channels + strided, offset=offset)[:, :length, :channels]
+        args = (x, normal(width, scale=0.3, offset=1.0), normal(width, scale=0.3),
+                normal(hidden, width + strided, scale=width**-0.5)[:, :width], normal(out, hidden + strided, scale=hidden**-0.5)[:, :hidden])  # fmt: skip
+        kwargs = {"grid": grid, "class_token": class_token}
+        if biases:
+            kwargs |= {"b1": normal(hidden, scale=0.5), "b2": normal(out, scale=0.5)}
+        return SampleInput(label, args, kwargs, ("x", "ln_weight", "ln_bias", "w1", "w2", *(("b1", "b2") if biases else ())))
+
+    yield make("no biases", 3, (4, 6), 24, 40, 29)
+    yield make("biases, strided views, primes", 2, (6, 2), 13, 37, 31, biases=True, strided=3)
+    yield make("no class token, mean far from 0", 5, (2, 4), 8, 16, 24, biases=True, class_token=False, offset=3.0)
+    yield make("several blocks of each size", 13, (8, 8), 72, 290, 270)
+    yield make("one token", 1, (2, 2), 5, 23, 71, biases=True)
+    yield make("no tiles", 0, (4, 4), 8, 16, 24)
+
+
+def _tokens(sample):
+    grid = sample.kwargs["grid"]
+    return sample.args[0].shape[0] * grid[0] * grid[1] // 4
+
+
+def _bytes(sample):
+    return nbytes(*sample.args, sample.kwargs.get("b1"), sample.kwargs.get("b2")) + _tokens(sample) * sample.args[4].shape[0] * sample.args[0].element_size()
+
+
+def _flops(sample):
+    return 2 * _tokens(sample) * (sample.args[3].numel() + sample.args[4].numel())
+
+
+def _flat_calls(sample):
+    x, ln_weight, ln_bias, w1, w2 = sample.args
+    inputs = (x, ln_weight, ln_bias, w1, sample.kwargs.get("b1"), w2, sample.kwargs.get("b2"))
+    options = ([*sample.kwargs["grid"]], sample.kwargs["class_token"], 1e-5)
+    yield _project, (*inputs, *options, True)
+    y, z, stats = _project(*inputs, *options, True)
+    biases = inputs[4] is not None
+    yield _project_backward, (torch.ones_like(y), *inputs, z, stats, *options, [True, True, True, True, biases, True, biases])
+    yield _project_backward, (torch.ones_like(y), *inputs, z, stats, *options, [False, False, False, False, False, True, False])
+
+
+SPEC = OpSpec(
+    name="pixel_shuffle_projection", op=pixel_shuffle_projection, reference=reference, base=base, samples=_samples, outputs=("y",),
+    autocast=("x", "w1", "b1", "w2", "b2"),
+    bytes=_bytes, flops=_flops, flat_calls=_flat_calls,
+)  # fmt: skip

@@ -1,0 +1,75 @@
+"""`longvita doctor`: the report, and what it calls a problem."""
+
+import json
+
+import pytest
+
+from longvita.cli import doctor
+
+HEALTHY = {
+    "torch": {"version": "2.13.0", "threads": 2, "gpus": []},
+    "native": {"loaded": True, "isa": "avx2", "built_isas": {"portable": True, "avx2": True}, "isa_cap": None},
+    "openmp_runtimes": ["/torch/lib/libgomp.so.1"],
+    "disk_free_bytes": 10 * doctor.GIB,
+    "memory_free_bytes": 10 * doctor.GIB,
+}
+
+
+def test_json_report_of_this_machine(longvita):
+    result = longvita("doctor", "--json")
+    report = json.loads(result.out)
+    assert result.code == (1 if report["problems"] else 0)
+    assert report["torch"]["threads"] >= 1 and report["cores"] >= 1
+    assert report["native"]["loaded"] or report["native"]["missing"]
+    assert report["memory_bytes"] > report["memory_free_bytes"] > 0
+
+
+def test_lines_say_the_same(longvita):
+    result = longvita("doctor")
+    for word in ("python", "torch", "native core", "OpenMP", "memory", "disk"):
+        assert any(line.startswith(word) for line in result.out.splitlines())
+    assert ("All good." in result.out) == (result.code == 0)
+
+
+def test_one_openmp_runtime_and_it_is_found():
+    import torch
+
+    torch.ones(4).sum()
+    assert len([path for path in doctor.openmp_runtimes() if "/torch/" in path]) == 1
+
+
+def test_a_healthy_machine_has_no_problems():
+    assert doctor.problems(HEALTHY) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"torch": {"missing": "No module named 'torch'"}}, "No module named 'torch'. Install it with: pip install torch"),
+        ({"native": {"loaded": False, "missing": "not built; run setup.py"}}, "every op runs its slow reference: not built; run setup.py"),
+        ({"openmp_runtimes": ["/a/libgomp.so.1", "/b/libiomp5.so"]}, "2 OpenMP runtimes in one process fight for the cores"),
+        ({"disk_free_bytes": 10}, "of disk are free"),
+        ({"memory_free_bytes": 10}, "of memory are free"),
+    ],
+)
+def test_problems_and_their_remedies(change, message):
+    (problem,) = doctor.problems({**HEALTHY, **change})
+    assert message in problem
+
+
+def test_a_missing_native_core_is_reported_and_exits_1(longvita, monkeypatch):
+    from longvita_kernels import native
+
+    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(native, "why_missing", lambda: "no compiler was found; install g++")
+    result = longvita("doctor")
+    assert result.code == 1
+    assert "NOT LOADED: no compiler was found; install g++" in result.out
+    assert "1 problem(s) found." in result.out
+
+
+def test_extras_say_what_is_missing(longvita, monkeypatch):
+    monkeypatch.setattr(doctor, "_extras", lambda: {"serve": {"fastapi": None, "uvicorn": None}, "video": {"av": "18"}})
+    out = longvita("doctor").out
+    assert 'missing fastapi, uvicorn: pip install "longvita[serve]"' in out
+    assert any(line.startswith("extra video") and line.endswith("installed") for line in out.splitlines())

@@ -1,0 +1,25 @@
+"""Shared by all tests: one seed, few threads, no backend request left over from another test."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import that reads it: tests use no network
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "isa: repeats op tests on another instruction set, in a process of its own")
+    config.addinivalue_line("markers", "heavy: part of make test-all only")
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Every test begins with the same random state and thread count and leaves the backend choice as it found it."""
+    from longvita_kernels import backends
+
+    before, threads = backends.requested(), torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    backends.use(before or "auto")

@@ -1,0 +1,129 @@
+"""Choosing a backend: by request, by environment, by what is there; and that importing the package is cheap."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import longvita_kernels
+from longvita_kernels import backends, native, spec
+
+
+def _merge_arguments(dtype=torch.float32):
+    return torch.ones(3, 2, 32, dtype=dtype), torch.zeros(2, 3), torch.ones(3, 2, 32, dtype=dtype), torch.zeros(2, 3)
+
+
+def _python(code, **environment):
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """As on a machine where the native library was never built."""
+    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(native, "why_missing", lambda: "it was not built (test)")
+    caches = (backends._native_lacks, backends._warn_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_native_is_chosen_when_it_is_there():
+    assert backends.available() == ("native", "reference")
+    assert backends.choose("merge_attention", torch.ones(1)) == "native"
+    assert "merge_attention: native (the best for device 'cpu' and torch.float32)" == backends.explain("merge_attention", *_merge_arguments())
+
+
+def test_use_is_a_setter_and_a_context_manager():
+    with backends.use("reference"):
+        assert backends.choose("merge_attention", torch.ones(1)) == "reference"
+        with backends.use("native"):
+            assert backends.explain("merge_attention", torch.ones(1)) == "merge_attention: native (requested)"
+        assert backends.explain("merge_attention", torch.ones(1)) == "merge_attention: reference (requested)"
+    assert backends.requested() is None
+    backends.use("reference")
+    assert backends.requested() == "reference"
+    backends.use("auto")
+    assert backends.requested() is None
+
+
+def test_a_failed_request_changes_nothing(without_native):
+    with backends.use("reference"):
+        with pytest.raises(RuntimeError, match=r"'native' was requested but cannot be used: it was not built \(test\)"):
+            backends.use("native")
+        assert backends.requested() == "reference"
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="unknown backend 'cuda13'; expected one of native, reference"):
+        backends.use("cuda13")
+
+
+def test_a_request_that_a_call_cannot_meet_raises():
+    with backends.use("native"):
+        with pytest.raises(RuntimeError, match=r"cannot run merge_attention: the native kernel takes float32, bfloat16 and float16"):
+            backends.choose("merge_attention", torch.ones(1, dtype=torch.float64))
+        with pytest.raises(RuntimeError, match="no such shape"):
+            backends.choose("merge_attention", torch.ones(1), unsupported="no such shape")
+        with pytest.raises(RuntimeError, match="there is no kernel for device 'meta'"):
+            backends.choose("merge_attention", torch.ones(1, device="meta"))
+        with pytest.raises(RuntimeError, match="built without no_such_op; build it again"):
+            backends.choose("no_such_op", torch.ones(1))
+
+
+def test_float64_goes_to_the_reference_without_a_warning(recwarn):
+    assert backends.choose("merge_attention", torch.ones(1, dtype=torch.float64)) == "reference"
+    assert not recwarn.list
+
+
+def test_a_missing_library_gives_the_reference_and_one_warning(without_native):
+    assert backends.available() == ("reference",)
+    with pytest.warns(RuntimeWarning, match=r"merge_attention on the plain torch reference: .*it was not built \(test\)") as warned:
+        for _ in range(3):
+            out, lse = longvita_kernels.merge_attention(*_merge_arguments())
+    assert len(warned) == 1
+    torch.testing.assert_close(out, torch.ones(3, 2, 32))
+    assert "reference (the native library is missing" in backends.explain("merge_attention", out)
+
+
+def test_explain_needs_a_tensor():
+    with pytest.raises(ValueError, match="needs the call's tensors"):
+        backends.explain("merge_attention", 3)
+
+
+def test_the_environment_is_a_request():
+    show = "import torch; from longvita_kernels import backends; print(backends.explain('merge_attention', torch.ones(1)))"
+    assert _python(show, LONGVITA_BACKEND="reference") == (0, "merge_attention: reference (requested)\n")
+    code, text = _python(show, LONGVITA_BACKEND="nonsense")
+    assert code == 1 and "unknown backend 'nonsense'" in text
+
+
+def test_importing_the_package_loads_nothing():
+    code = "import sys, longvita_kernels; dir(longvita_kernels); print([m for m in ('torch', 'numpy', 'triton') if m in sys.modules])"
+    assert _python(code) == (0, "[]\n")
+
+
+def test_every_public_name_is_a_function_of_its_own_module():
+    for name in longvita_kernels.__all__:
+        function = getattr(longvita_kernels, name)
+        assert function.__module__ == f"longvita_kernels.ops.{name}" and function.__doc__
+    assert set(longvita_kernels.__all__) <= set(dir(longvita_kernels))
+    with pytest.raises(AttributeError, match="no attribute 'flash_attention'; it has append_kv"):
+        longvita_kernels.flash_attention  # noqa: B018
+
+
+def test_both_backends_give_the_same_answer():
+    for name, op_spec in spec.all_specs().items():
+        sample = next(iter(op_spec.samples(torch.float32, "cpu", 1)))
+        results = []
+        for backend in backends.NAMES:
+            with backends.use(backend):
+                out = op_spec.op(*sample.args, **sample.kwargs)
+            results.append(out if isinstance(out, tuple) else (out,))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=False, msg=lambda text, name=name: f"{name}: {text}")

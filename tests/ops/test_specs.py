@@ -1,0 +1,277 @@
+"""Everything an OpSpec promises, for every op: accuracy of outputs and gradients by the rule of `longvita_kernels.testing` under poisoned
+buffers, opcheck, gradcheck of the definition, compile, determinism, autocast, second derivatives.
+
+Samples are small; the axes they cover (empty documents, group sizes, strides, …) are chosen in each op's module.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import longvita_kernels
+from longvita_kernels import backends, testing
+from longvita_kernels.spec import all_specs
+
+SPECS = list(all_specs().values())
+DIFFERENTIABLE = [spec for spec in SPECS if any(sample.differentiable for sample in spec.samples(torch.float32, "cpu", 0))]
+
+
+def _name(value):
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else getattr(value, "name", None)
+
+
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=_name)
+each_differentiable_spec = pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=_name)
+each_spec_and_dtype = pytest.mark.parametrize(("spec", "dtype"), [(s, d) for s in SPECS for d in s.dtypes], ids=_name)
+each_differentiable_spec_and_dtype = pytest.mark.parametrize(
+    ("spec", "dtype"), [(s, d) for s in DIFFERENTIABLE for d in s.dtypes], ids=_name
+)
+
+
+@pytest.fixture(params=backends.NAMES)
+def backend(request):
+    """Run the test once per backend; a backend that is not there fails the test and says why."""
+    backends.use(request.param)
+    return request.param
+
+
+@functools.lru_cache(maxsize=4)
+def _samples(name, dtype):
+    return list(all_specs()[name].samples(dtype, "cpu", 0))
+
+
+@functools.lru_cache(maxsize=1024)
+def _yardstick(name, dtype, index, used=None):
+    return testing.yardstick(all_specs()[name], _samples(name, dtype)[index], used=used)
+
+
+def _check_all(spec, dtype, choices):
+    """check_sample for every sample and every {"wrt": …, "used": …} that `choices(sample)` gives; fails with all violations at once."""
+    problems = []
+    for index, sample in enumerate(_samples(spec.name, dtype)):
+        for choice in choices(sample):
+            try:
+                testing.check_sample(spec, sample, measure=_yardstick(spec.name, dtype, index, choice.get("used")), **choice)
+            except AssertionError as error:
+                problems.append(f"{choice or ''}\n{error}")
+    assert not problems, "\n".join(problems)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ accuracy
+
+
+@each_spec_and_dtype
+def test_forward_and_gradients_are_accurate(spec, dtype, backend):
+    _check_all(spec, dtype, lambda sample: [{}])
+
+
+@each_differentiable_spec_and_dtype
+def test_forward_alone_is_accurate(spec, dtype, backend):
+    _check_all(spec, dtype, lambda sample: [{"wrt": ()}])
+
+
+@each_differentiable_spec_and_dtype
+def test_each_input_frozen_in_turn(spec, dtype, backend):
+    def all_but_one(sample):
+        names = sample.differentiable
+        return [{"wrt": tuple(n for n in names if n != frozen)} for frozen in names] if len(names) > 1 else []
+
+    _check_all(spec, dtype, all_but_one)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in DIFFERENTIABLE if len(spec.outputs) > 1], ids=_name)
+def test_unused_outputs(spec, backend):
+    _check_all(spec, torch.float32, lambda sample: [{"used": (name,)} for name in spec.outputs])
+
+
+@each_spec_and_dtype
+def test_the_rule_has_teeth(spec, dtype):
+    """Zeros, 5 % off and a swapped row must be rejected for every output and gradient.
+
+    A few elements alone may be too ill-conditioned in bfloat16 for 5 % to show (a sum that cancels: base is off by as much), so tensors of
+    fewer than 64 elements are let pass, as long as another sample rejects that kind of error for the same tensor.
+    """
+    possible, rejected, names = {}, {}, set()
+    for index, sample in enumerate(_samples(spec.name, dtype)):
+        measure = _yardstick(spec.name, dtype, index)
+        got = testing.run(spec.op, spec, sample, cotangents=measure.cotangents)
+        tensors = [(name, out, measure.ref.outputs[name], measure.base.outputs[name]) for name, out in got.outputs.items()]
+        tensors += [(f"grad {name}", grad, measure.ref.grads[name], measure.base.grads[name]) for name, grad in got.grads.items()]
+        names |= {name for name, *_ in tensors}
+        for name, tensor, ref, base in tensors:
+            for what, wrong in testing.spoiled(tensor).items():
+                problem = testing.violation(wrong.to(tensor.dtype), ref, base, spec.tolerance(name, tensor.dtype))
+                assert problem is not None or tensor.numel() < 64, f"{spec.name}[{sample.label}] {name}: {what} passes for right"
+                possible.setdefault(name, {"zeros", "5 % off"}).add(what)
+                rejected.setdefault(name, set()).update([what] if problem else [])
+    assert set(possible) == names, f"{spec.name}: no sample has a non-zero value in {names - set(possible)}"
+    for name, kinds in possible.items():
+        assert rejected[name] == kinds, f"{spec.name} {name}: no sample rejects {kinds - rejected[name]}"
+
+
+@each_differentiable_spec
+def test_gradcheck_of_the_definition(spec):
+    checked = 0
+    for sample in spec.samples(torch.float64, "cpu", 0):
+        arguments = spec.bind(sample)
+        leaves = [arguments[name].detach().clone().requires_grad_() for name in sample.differentiable]
+        if sum(leaf.numel() for leaf in leaves) == 0:
+            continue
+
+        def finite_outputs(*values, arguments=arguments, names=sample.differentiable):
+            outputs = spec.reference(**{**arguments, **dict(zip(names, values, strict=True))})
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            return tuple(torch.where(o.isfinite(), o, 0.0) for o in outputs if o.is_floating_point() and o.requires_grad)
+
+        assert torch.autograd.gradcheck(finite_outputs, leaves, fast_mode=True, atol=1e-6, rtol=1e-4), sample.label
+        checked += 1
+    assert checked > 0
+
+
+# ------------------------------------------------------------------------------------------------------------------- torch.library, compile
+
+
+def _opcheck_arguments(args, sample, spec, *, gradients):
+    """Arguments opcheck can take: empty views copied (it cannot copy them itself); with `gradients`, requires_grad where the spec says so."""
+    bound = spec.bind(sample)
+    pointers = {bound[name].data_ptr() for name in sample.differentiable if bound[name].numel()} if gradients else ()
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and arg.numel() == 0:
+            arg = torch.empty(arg.shape, dtype=arg.dtype)
+        elif isinstance(arg, torch.Tensor) and arg.is_floating_point() and arg.data_ptr() in pointers:
+            arg = arg.detach().requires_grad_()
+        yield arg
+
+
+def _pattern(op, args):
+    """What makes one opcheck differ from another: the op, and of each argument its dtype, emptiness and density, or that it is absent."""
+    kinds = [(a.dtype, a.numel() == 0, a.is_contiguous()) if isinstance(a, torch.Tensor) else a is None for a in args]
+    return op.name(), tuple(kinds)
+
+
+@each_spec
+def test_opcheck(spec, backend):
+    samples = _samples(spec.name, torch.float32)
+    seen = set()
+    for sample in samples if backend == "native" else samples[:1]:
+        for op, args in spec.flat_calls(sample):
+            if _pattern(op, args) in seen:
+                continue
+            seen.add(_pattern(op, args))
+            torch.library.opcheck(op, tuple(_opcheck_arguments(args, sample, spec, gradients=op.name() == f"longvita::{spec.name}")))
+    assert seen and all(name.startswith(f"longvita::{spec.name}") for name, _ in seen)
+
+
+@each_spec
+def test_compiles_without_a_graph_break(spec):
+    sample = _samples(spec.name, torch.float32)[0]
+    torch._dynamo.reset()
+    eager = testing.run(spec.op, spec, sample)
+    compiled = testing.run(torch.compile(spec.op, fullgraph=True, backend="aot_eager"), spec, sample)
+    for name, out in eager.outputs.items():
+        testing.assert_bit_equal(compiled.outputs[name], out, name=name)
+    for name, grad in eager.grads.items():
+        testing.assert_bit_equal(compiled.grads[name], grad, name=f"grad {name}")
+
+
+@each_differentiable_spec
+def test_second_derivative_is_refused(spec):
+    sample = _samples(spec.name, torch.float32)[0]
+    arguments = spec.bind(sample)
+    leaf = arguments[sample.differentiable[0]] = arguments[sample.differentiable[0]].detach().requires_grad_()
+    outputs = spec.op(**arguments)
+    out = outputs[0] if isinstance(outputs, tuple) else outputs
+    (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- determinism
+
+
+@each_spec_and_dtype
+def test_bits_do_not_depend_on_threads_or_run(spec, dtype):
+    for sample in _samples(spec.name, dtype):
+        torch.set_num_threads(1)
+        first = testing.run(spec.op, spec, sample)
+        for threads in (1, 1, 2, 4, 4):
+            torch.set_num_threads(threads)
+            again = testing.run(spec.op, spec, sample)
+            for name, out in first.outputs.items():
+                testing.assert_bit_equal(again.outputs[name], out, name=f"{sample.label}, {threads} threads: {name}")
+            for name, grad in first.grads.items():
+                testing.assert_bit_equal(again.grads[name], grad, name=f"{sample.label}, {threads} threads: grad {name}")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- autocast
+
+
+@each_spec
+def test_autocast_casts_what_the_spec_says(spec, backend):
+    sample = _samples(spec.name, torch.float32)[0]
+    arguments = spec.bind(sample)
+
+    def cast(**values):
+        return spec.op(**{n: v.to(torch.bfloat16) if n in spec.autocast and v is not None else v for n, v in values.items()})
+
+    wanted = testing.run(cast, spec, sample)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = testing.run(spec.op, spec, sample)
+    for name, out in wanted.outputs.items():
+        testing.assert_bit_equal(got.outputs[name], out, name=name)
+    for name, grad in wanted.grads.items():
+        assert got.grads[name].dtype == arguments[name].dtype
+        testing.assert_bit_equal(got.grads[name], grad, name=f"grad {name}")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ the specs
+
+
+def test_every_public_op_has_a_spec():
+    assert set(all_specs()) == set(longvita_kernels.__all__)
+
+
+@each_spec
+def test_bytes_and_flops_are_counted(spec):
+    for sample in _samples(spec.name, torch.float32):
+        assert isinstance(spec.bytes(sample), int) and isinstance(spec.flops(sample), int)
+        assert spec.bytes(sample) >= 0 and spec.flops(sample) >= 0
+    assert spec.bytes(_samples(spec.name, torch.float32)[0]) > 0
+
+
+@each_spec
+def test_samples_are_reproducible_and_labelled(spec):
+    first, second = (list(spec.samples(torch.float32, "cpu", 3)) for _ in range(2))
+    assert len({sample.label for sample in first}) == len(first)
+    for a, b in zip(first, second, strict=True):
+        for name, value in spec.bind(a).items():
+            if isinstance(value, torch.Tensor):
+                testing.assert_bit_equal(value, spec.bind(b)[name], name=f"{a.label}: {name}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ other instruction sets
+
+
+def _run_on(isa, selection):
+    environment = {**os.environ, "LONGVITA_ISA": isa, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, __file__]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{isa}: {done.stdout[-6000:]}{done.stderr[-2000:]}"
+    assert " passed" in done.stdout
+
+
+def test_portable_instruction_set_is_accurate():
+    _run_on("portable", "forward_and_gradients and native")
+
+
+@pytest.mark.isa
+@pytest.mark.heavy
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "emulated"])
+def test_every_instruction_set(isa):
+    """Accuracy, frozen inputs, unused outputs and determinism; where this machine lacks an instruction set its best one is run again."""
+    _run_on(isa, "((gradients or forward_alone or frozen or unused) and native) or bits_do_not")
