@@ -1,6 +1,6 @@
 """Builds csrc/ with CMake and ninja into longvita_kernels/_native (metadata: pyproject.toml).
 
-    pip install .                            # needs a C++17 compiler (g++ >= 10 or clang >= 12); CMake, ninja and pybind11 come by themselves
+    pip install .                            # needs a C++17 compiler (g++ >= 10, clang >= 12); CMake, ninja and pybind11 come by themselves
     python setup.py build_ext --inplace      # incremental, for development
     LONGVITA_NATIVE=0 pip install .          # pure Python: every op runs its reference
 """
@@ -33,7 +33,7 @@ def run(*command: str) -> None:
     except subprocess.CalledProcessError as error:
         raise SystemExit(
             f"longvita: the native kernels could not be built (exit code {error.returncode}; the compiler's message is above). They need a "
-            "C++17 compiler with OpenMP (Debian: apt-get install g++). Set LONGVITA_NATIVE=0 to install without native kernels: slow, but complete"
+            "C++17 compiler with OpenMP (Debian: apt-get install g++). Set LONGVITA_NATIVE=0 to install without them: slow, but complete"
         ) from None
 
 

@@ -146,7 +146,7 @@ void forward(const VarlenProblem& p, uintptr_t out, uintptr_t lse, uintptr_t buf
   const Planner plan(p, t, false);
   AttentionForward f;
   f.p = p;
-  f.out = pointer<char>(out, p.q.tokens * p.q.heads * p.q.dim, "out");
+  f.out = rows3(out, p.dtype, p.q.tokens, p.q.heads, p.q.dim, p.q.heads * p.q.dim, p.q.dim, "out");
   f.lse = pointer<float>(lse, p.q.tokens * p.q.heads, "lse");
   f.tasks = plan.tasks.data(), f.n_tasks = int64_t(plan.tasks.size());
   f.scratch = pointer<float>(buffer, size, "scratch"), f.scratch_per_thread = t.forward_scratch;

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 # Codes of csrc/include/longvita/dtype.h.
 _DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "float8_e4m3fn": 4, "int32": 5, "int64": 6}
-_REMEDY = "reinstall with a C++17 compiler present (pip install --force-reinstall --no-deps .), or build in place: python setup.py build_ext --inplace"
+_REMEDY = (
+    "reinstall with a C++17 compiler present (pip install --force-reinstall --no-deps .), or build in place: "
+    "python setup.py build_ext --inplace"
+)
 
 
 def _share_openmp_runtime() -> None:
@@ -34,7 +37,7 @@ def _share_openmp_runtime() -> None:
             if re.search(pattern, path):
                 ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
                 return
-    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)      # a torch built without OpenMP
+    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)  # a torch built without OpenMP
 
 
 @functools.cache

@@ -48,13 +48,14 @@ def violation(out, ref, base, tolerance=None):
 
 
 def _bounds_violation(error, base_error, ref, eps, tolerance):
-    rms = float(ref.square().mean().sqrt())
-    limit = tolerance.max_factor * float(base_error.abs().max()) + 4 * eps * rms
-    if float(error.abs().max()) > limit:
-        return f"largest error {float(error.abs().max()):.3e} exceeds {limit:.3e} (base {float(base_error.abs().max()):.3e}, rms {rms:.3e})"
-    limit = tolerance.norm_factor * float(base_error.norm()) + eps * float(ref.norm())
-    if float(error.norm()) > limit:
-        return f"error norm {float(error.norm()):.3e} exceeds {limit:.3e} (base {float(base_error.norm()):.3e}, ‖ref‖ {float(ref.norm()):.3e})"
+    worst, base_worst, rms = float(error.abs().max()), float(base_error.abs().max()), float(ref.square().mean().sqrt())
+    limit = tolerance.max_factor * base_worst + 4 * eps * rms
+    if worst > limit:
+        return f"largest error {worst:.3e} exceeds {limit:.3e} (base {base_worst:.3e}, rms {rms:.3e})"
+    norm, base_norm, ref_norm = float(error.norm()), float(base_error.norm()), float(ref.norm())
+    limit = tolerance.norm_factor * base_norm + eps * ref_norm
+    if norm > limit:
+        return f"error norm {norm:.3e} exceeds {limit:.3e} (base {base_norm:.3e}, ‖ref‖ {ref_norm:.3e})"
     return None
 
 
@@ -224,7 +225,7 @@ def check_sample(spec, sample, *, wrt=None, used=None, measure=None):
 
 
 def spoiled(tensor):
-    """Wrong versions of a correct tensor that any test of accuracy must reject: {what was done: tensor}. Empty if nothing can be told apart."""
+    """Wrong versions of a correct tensor that any test of accuracy must reject: {what was done: tensor}. Empty if it holds only zeros."""
     finite = tensor[tensor.isfinite()]
     if finite.numel() == 0 or not bool((finite != 0).any()):
         return {}

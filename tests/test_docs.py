@@ -7,6 +7,7 @@ steps.
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -54,6 +55,9 @@ def folder(tmp_path_factory):
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     make_image(folder / "digit.jpg")
     clip(folder / "clip.mp4")
+    for place, name in (("images/held_out", "0007.jpg"), ("videos/stage4", "0000.mp4")):  # where the demo keeps its material
+        (folder / "demo-out" / "material" / place).mkdir(parents=True)
+        shutil.copy(folder / ("digit.jpg" if name.endswith("jpg") else "clip.mp4"), folder / "demo-out" / "material" / place / name)
     (folder / "train.jsonl").write_text(blocks("README.md", "jsonl")[0])
     config = json.loads(blocks("README.md", "json")[0])
     (folder / "full.json").write_text(json.dumps(config))

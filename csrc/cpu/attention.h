@@ -40,7 +40,7 @@ struct AttentionTask {
 
 struct AttentionForward {
   AttentionProblem p;
-  char* out = nullptr;           // (Tq, Hq, D) dense
+  Rows3 out;                     // dense
   float* lse = nullptr;          // (Hq, Tq) dense
   const AttentionTask* tasks = nullptr;
   int64_t n_tasks = 0;

@@ -60,26 +60,38 @@ struct Wanted { bool q, kv; };
 
 // delta = g · out − grad_lse, and the lse in log2 units as lse + rest; a row that saw nothing gets lse +inf: its probabilities are 0.
 template <class T>
-void row_statistics(const AttentionBackward& b, const Unit& u, const Panel& panel, float* lse, float* rest, float* delta) {
+void row_statistics(const AttentionBackward& b, const Panel& panel, float* lse, float* rest, float* delta) {
   const int64_t dim = b.p.dim();
-  for (int i = 0; i < kLanes; ++i) lse[i] = rest[i] = delta[i] = 0.0f;
-  for (int i = 0; i < panel.rows; ++i) {
-    const int64_t r = panel.row0 + i, token = u.q0 + r / u.group, head = u.head * u.group + r % u.group;
-    const float row_lse = b.lse[head * b.lse_stride_head + token * b.lse_stride_token];
-    if (row_lse == -kInf) {
-      lse[i] = kInf;
-      continue;
+  for (int v = 0; v < panel.vectors; ++v) {
+    const int first = v * W, lanes = std::min(W, panel.rows - first);
+    vf block[W];      // row sums, by transposition: lane i of their total belongs to row i
+    for (int i = 0; i < W; ++i) {
+      block[i] = vf{};
+      if (i >= lanes) continue;
+      const T *o = panel.row<const T>(b.out, first + i), *g = panel.row<const T>(b.grad_out, first + i);
+      for (int64_t c = 0; c < dim; c += W) {
+        const int n = int(std::min<int64_t>(W, dim - c));
+        block[i] = load_n(o + c, n) * load_n(g + c, n) + block[i];
+      }
     }
-    const double log2_units = row_lse * 1.4426950408889634;
-    lse[i] = float(log2_units), rest[i] = float(log2_units - lse[i]);
-    const T *o = row_address<T>(b.out, u, r), *g = row_address<T>(b.grad_out, u, r);
-    vf sum = vf{};
-    for (int64_t c = 0; c < dim; c += W) {
-      const int n = int(std::min<int64_t>(W, dim - c));
-      sum = load_n(o + c, n) * load_n(g + c, n) + sum;
+    transpose(block);
+    for (int half = W / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) block[i] += block[i + half];
     }
-    const float from_lse = b.grad_lse == nullptr ? 0.0f : b.grad_lse[head * b.grad_lse_stride_head + token * b.grad_lse_stride_token];
-    delta[i] = hsum(sum) - from_lse;
+    store(delta + first, block[0]);
+    for (int i = first; i < first + W; ++i) {
+      lse[i] = rest[i] = 0.0f;
+      if (i >= panel.rows) continue;
+      const int64_t head = panel.head[i], token = panel.token[i];
+      const float row_lse = b.lse[head * b.lse_stride_head + token * b.lse_stride_token];
+      if (row_lse == -kInf) {
+        lse[i] = kInf, delta[i] = 0.0f;
+        continue;
+      }
+      const double log2_units = row_lse * 1.4426950408889634;
+      lse[i] = float(log2_units), rest[i] = float(log2_units - lse[i]);
+      if (b.grad_lse != nullptr) delta[i] -= b.grad_lse[head * b.grad_lse_stride_head + token * b.grad_lse_stride_token];
+    }
   }
 }
 
@@ -88,15 +100,13 @@ Panel load_panel(const AttentionBackward& b, const Unit& u, int64_t row0, int64_
   const Panel panel = make_panel(b.p, u, row0, s.low + index * kLanes, s.high + index * kLanes);
   if (want.q) std::fill_n(s.grad_q + index * s.dim * kLanes, s.dim * kLanes, 0.0f);
   if (panel.max_high == 0) return panel;      // sees nothing
-  const auto q = [&](int64_t r) { return row_address<T>(b.p.q, u, r); };
-  const auto g = [&](int64_t r) { return row_address<T>(b.grad_out, u, r); };
-  row_statistics<T>(b, u, panel, s.lse + index * kLanes, s.lse_rest + index * kLanes, s.delta + index * kLanes);
-  pack_lanes<Op, T>(panel, s.dim, q, s.q + index * s.ld * kLanes);
-  pack_lanes<Op, T>(panel, s.dim, g, s.g + index * s.ld * kLanes);
+  row_statistics<T>(b, panel, s.lse + index * kLanes, s.lse_rest + index * kLanes, s.delta + index * kLanes);
+  pack_lanes<Op, T>(panel, b.p.q, s.dim, s.q + index * s.ld * kLanes);
+  pack_lanes<Op, T>(panel, b.grad_out, s.dim, s.g + index * s.ld * kLanes);
   if (want.kv) {
-    const int64_t size = index * (kLanes / Op::kPer) * s.wide, padded = round_up(panel.rows, 2);
-    pack_summed<Op, T>(panel.rows, padded, s.dim, [&](int64_t i) { return q(row0 + i); }, s.q_rows + size, s.wide);
-    pack_summed<Op, T>(panel.rows, padded, s.dim, [&](int64_t i) { return g(row0 + i); }, s.g_rows + size, s.wide);
+    const int64_t at = index * (kLanes / Op::kPer) * s.wide, padded = round_up(panel.rows, 2);
+    pack_summed<Op, T>(panel.rows, padded, s.dim, [&](int64_t i) { return panel.row<const T>(b.p.q, int(i)); }, s.q_rows + at, s.wide);
+    pack_summed<Op, T>(panel.rows, padded, s.dim, [&](int64_t i) { return panel.row<const T>(b.grad_out, int(i)); }, s.g_rows + at, s.wide);
   }
   return panel;
 }
@@ -192,15 +202,12 @@ void write_keys(const AttentionBackward& b, const Unit& u, int64_t key0, int64_t
 // Adds a panel's share of dq to what earlier partitions left in `partial` (row-major fp32, where not the first), and leaves it there, or, as
 // the last, scales and rounds it into grad_q.
 template <class Op, class T>
-void add_grad_q(const AttentionBackward& b, const Unit& u, const Panel& panel, const float* share, int64_t dim, bool first, bool last) {
+void add_grad_q(const AttentionBackward& b, const Panel& panel, const float* share, int64_t dim, bool first, bool last) {
   const float scale = float(b.p.scale);
   for (int v = 0; v < panel.vectors; ++v) {
     const int lanes = std::min(W, panel.rows - v * W);
     int64_t offset[W];
-    for (int i = 0; i < lanes; ++i) {
-      const int64_t r = panel.row0 + v * W + i;
-      offset[i] = ((u.q0 + r / u.group) * b.p.q.heads + u.head * u.group + r % u.group) * dim;
-    }
+    for (int i = 0; i < lanes; ++i) offset[i] = (panel.token[v * W + i] * b.p.q.heads + panel.head[v * W + i]) * dim;
     for (int64_t c = 0; c < dim; c += W) {
       const int n = int(std::min<int64_t>(W, dim - c));
       vf block[W];
@@ -249,7 +256,7 @@ void backward_partition(const AttentionBackward& b, const Unit& u, int64_t part,
     }
     if (!want.q) continue;
     if (part > first) wait_for(progress + i, int32_t(part - first));
-    for (int p = 0; p < count; ++p) add_grad_q<Op, T>(b, u, panels[p], s.grad_q + p * s.dim * kLanes, s.dim, part == first, part == last);
+    for (int p = 0; p < count; ++p) add_grad_q<Op, T>(b, panels[p], s.grad_q + p * s.dim * kLanes, s.dim, part == first, part == last);
     if (part < last) __atomic_store_n(progress + i, int32_t(part - first + 1), __ATOMIC_RELEASE);
   }
   if (want.kv) {

@@ -126,10 +126,9 @@ LV_INLINE vf log_sum_exp(vf top, vf sum, const Scaling& s) {
 }
 
 template <class T>
-void finish_panel(const AttentionForward& f, const Unit& u, const Panel& panel, const Scaling& scaling, float* top, float* sum,
-                  const float* out, bool untouched) {
+void finish_panel(const AttentionForward& f, const Panel& panel, const Scaling& scaling, const float* top, float* sum, const float* out,
+                  bool untouched) {
   const AttentionProblem& p = f.p;
-  const int64_t heads = p.q.heads, dim = p.dim();
   float lse[kLanes];
   for (int v = 0; v < panel.vectors; ++v) {
     const vf total = untouched ? vf{} : load(sum + v * W);
@@ -137,17 +136,11 @@ void finish_panel(const AttentionForward& f, const Unit& u, const Panel& panel, 
     store(lse + v * W, select(nothing, splat(-kInf), log_sum_exp(select(nothing, vf{}, load(top + v * W)), total, scaling)));
     store(sum + v * W, select(nothing, vf{}, 1.0f / total));
   }
-  for (int i = 0; i < panel.rows; ++i) {
-    const int64_t r = panel.row0 + i;
-    f.lse[(u.head * u.group + r % u.group) * p.q.tokens + u.q0 + r / u.group] = lse[i];
-  }
-  const auto target = [&](int64_t r) {
-    return reinterpret_cast<T*>(f.out) + ((u.q0 + r / u.group) * heads + u.head * u.group + r % u.group) * dim;
-  };
+  for (int i = 0; i < panel.rows; ++i) f.lse[panel.head[i] * p.q.tokens + panel.token[i]] = lse[i];
   if (untouched) {
-    for (int i = 0; i < panel.rows; ++i) std::fill_n(reinterpret_cast<uint16_t*>(target(panel.row0 + i)), dim * sizeof(T) / 2, uint16_t(0));
+    for (int i = 0; i < panel.rows; ++i) std::fill_n(reinterpret_cast<char*>(panel.row<T>(f.out, i)), size_t(p.dim()) * sizeof(T), char(0));
   } else {
-    unpack_lanes<T>(panel, dim, out, sum, target);
+    unpack_lanes<T>(panel, p.dim(), out, sum, f.out);
   }
 }
 
@@ -166,7 +159,7 @@ void forward_block(const AttentionForward& f, const Unit& u, int64_t row_begin, 
     first[count] = true;
     if (panels[count].max_high == 0) continue;      // nothing to see
     key_begin = std::min<int64_t>(key_begin, panels[count].min_low), key_end = std::max<int64_t>(key_end, panels[count].max_high);
-    pack_lanes<Op, T>(panels[count], dim, [&](int64_t r) { return row_address<T>(p.q, u, r); }, s.q + count * s.ld * kLanes);
+    pack_lanes<Op, T>(panels[count], p.q, dim, s.q + count * s.ld * kLanes);
   }
   const auto key_row = [&](const Rows3& x, int64_t n) {
     return reinterpret_cast<const T*>(x.data) + (u.k0 + n) * x.stride_token + u.head * x.stride_head;
@@ -183,7 +176,7 @@ void forward_block(const AttentionForward& f, const Unit& u, int64_t row_begin, 
     }
   }
   for (int i = 0; i < count; ++i) {
-    finish_panel<T>(f, u, panels[i], scaling, s.top + i * kLanes, s.sum + i * kLanes, s.out + i * dim * kLanes, first[i]);
+    finish_panel<T>(f, panels[i], scaling, s.top + i * kLanes, s.sum + i * kLanes, s.out + i * dim * kLanes, first[i]);
   }
 }
 

@@ -143,12 +143,6 @@ inline Unit unit_of(const AttentionProblem& p, int64_t unit) {
   return {p.cu_q[doc], p.cu_q[doc + 1], p.cu_k[doc], p.cu_k[doc + 1], unit % p.kv_heads(), p.group()};
 }
 
-// Address of query row r of the unit in a tensor of (tokens, heads, dim).
-template <class T>
-inline const T* row_address(const Rows3& x, const Unit& u, int64_t r) {
-  return reinterpret_cast<const T*>(x.data) + (u.q0 + r / u.group) * x.stride_token + (u.head * u.group + r % u.group) * x.stride_head;
-}
-
 // Keys that a query position sees: [low, high), relative to the document.
 struct Limits { int32_t low, high; };
 inline Limits limits_of(const AttentionProblem& p, const Unit& u, int64_t position) {
@@ -158,28 +152,36 @@ inline Limits limits_of(const AttentionProblem& p, const Unit& u, int64_t positi
   return high > low ? Limits{int32_t(low), int32_t(high)} : Limits{0, 0};
 }
 
-// The rows of one panel: how many, and what they see.
+// The rows of one panel: which they are, and what they see.
 struct Panel {
-  int64_t row0 = 0;
   int rows = 0, vectors = 0;
   int32_t min_low = 0, max_low = 0, min_high = 0, max_high = 0;
+  int64_t token[kLanes];      // of each row
+  int32_t head[kLanes];
+
+  // Address of row i in a tensor of (tokens, heads, dim).
+  template <class T>
+  T* row(const Rows3& x, int i) const {
+    return reinterpret_cast<T*>(x.data) + token[i] * x.stride_token + head[i] * x.stride_head;
+  }
 };
 
-// Fills the panel that starts at row0 of the unit; low and high get kLanes entries (spare lanes repeat the last row).
+// The panel that starts at row0 of the unit; low and high get kLanes entries (spare lanes repeat the last row).
 inline Panel make_panel(const AttentionProblem& p, const Unit& u, int64_t row0, int32_t* low, int32_t* high) {
   Panel out;
-  out.row0 = row0;
   out.rows = int(std::min<int64_t>(kLanes, u.rows() - row0));
   out.vectors = (out.rows + W - 1) / W;
-  Limits l = limits_of(p, u, row0 / u.group);
+  int64_t position = row0 / u.group, member = row0 % u.group;
+  Limits l = limits_of(p, u, position);
   out.min_low = out.max_low = l.low, out.min_high = out.max_high = l.high;
   for (int i = 0; i < kLanes; ++i) {
     if (i < out.rows) {
-      l = limits_of(p, u, (row0 + i) / u.group);
+      out.token[i] = u.q0 + position, out.head[i] = int32_t(u.head * u.group + member);
       out.min_low = std::min(out.min_low, l.low), out.max_low = std::max(out.max_low, l.low);
       out.min_high = std::min(out.min_high, l.high), out.max_high = std::max(out.max_high, l.high);
     }
     low[i] = l.low, high[i] = l.high;
+    if (++member == u.group && i + 1 < out.rows) member = 0, l = limits_of(p, u, ++position);
   }
   return out;
 }
@@ -202,13 +204,13 @@ inline Span span_of(const Panel& panel, int64_t key0, int64_t keys) {
 LV_INLINE vi visible(int32_t key, vi low, vi high) { return (vi)((low <= key) & (high > key)); }
 
 // ---------------------------------------------------------------------------------------------------- packing
-// panel[column][lane], columns of units: the transposed query rows of a panel. source(r) gives the address of row r.
-template <class Op, class T, class Source>
-void pack_lanes(const Panel& panel, int64_t dim, Source source, typename Op::unit* out) {
+// out[column][lane], columns of units: the transposed query rows of a panel.
+template <class Op, class T>
+void pack_lanes(const Panel& panel, const Rows3& source, int64_t dim, typename Op::unit* out) {
   const int64_t columns = dim / Op::kPer;
   for (int v = 0; v < panel.vectors; ++v) {
     const T* rows[W];
-    for (int i = 0; i < W; ++i) rows[i] = v * W + i < panel.rows ? source(panel.row0 + v * W + i) : nullptr;
+    for (int i = 0; i < W; ++i) rows[i] = v * W + i < panel.rows ? panel.row<const T>(source, v * W + i) : nullptr;
     for (int64_t c = 0; c < columns; c += W) {
       const int n = int(std::min<int64_t>(W, columns - c));
       vf block[W];
@@ -264,9 +266,9 @@ void pack_summed(int64_t count, int64_t padded, int64_t dim, Source source, type
   }
 }
 
-// out row r ← panel[d][lane] * factor[lane], rounded once. target(r) gives the address of row r.
-template <class T, class Target>
-void unpack_lanes(const Panel& panel, int64_t dim, const float* source, const float* factor, Target target) {
+// target row i ← panel[d][lane] * factor[lane], rounded once.
+template <class T>
+void unpack_lanes(const Panel& panel, int64_t dim, const float* source, const float* factor, const Rows3& target) {
   for (int v = 0; v < panel.vectors; ++v) {
     const vf scale = load(factor + v * W);
     const int lanes = std::min(W, panel.rows - v * W);
@@ -278,17 +280,10 @@ void unpack_lanes(const Panel& panel, int64_t dim, const float* source, const fl
       transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
-        if (i < lanes) store_n(target(panel.row0 + v * W + i) + c, block[i], n);
+        if (i < lanes) store_n(panel.row<T>(target, v * W + i) + c, block[i], n);
       }
     }
   }
-}
-
-template <class F>
-LV_INLINE void with_type(DType dtype, F f) {
-  if (dtype == DType::bf16) f(bf16_t{});
-  else if (dtype == DType::f16) f(f16_t{});
-  else f(float{});
 }
 
 // Calls f(op, element): bf16 as pairs where this instruction set multiplies them, everything else widened to float.

@@ -224,7 +224,8 @@ void sums_tile(const float* p, int64_t rows, Tile v, int n, const float* keep, i
 
 // One row of scores → weights relative to the new maximum (in units of log2), times the scales of the values. Updates maximum and sum;
 // returns the factor that older sums keep.
-float soften(const DecodeArgs& args, float* s, int from, int to, const float* k_factors, const float* v_factors, float& maximum, float& sum) {
+float soften(const DecodeArgs& args, float* s, int from, int to, const float* k_factors, const float* v_factors, float& maximum,
+             float& sum) {
   const vf minus_infinity = splat(-kInf);
   vf top = minus_infinity;
   for (int j = 0; j < kKeys; j += W) {

@@ -56,7 +56,8 @@ void scale_row(T* out, const T* x, float factor, int64_t dim) {
   }
 }
 
-// With out_a − out = w_b (out_a − out_b): d lse_a = w_a (w_b g·(out_a − out_b) + g_lse), d lse_b = w_b (g_lse − w_a g·(out_a − out_b)).
+// With out_a − out = w_b (out_a − out_b): d lse_a = w_a (w_b g·(out_a − out_b) + g_lse),
+// d lse_b = w_b (g_lse − w_a g·(out_a − out_b)).
 template <class T>
 void backward_rows(const MergeArgs& args) {
   const bool lse_needed = args.grad_lse_a.data != nullptr || args.grad_lse_b.data != nullptr;

@@ -30,7 +30,7 @@ COMMANDS = {
     "train": Command("train from a run-config JSON, or go on with a run that was stopped", "longvita train run.json --out runs/mine"),
     "chat": Command(
         "ask a trained model about images, videos and text",
-        'longvita chat --run demo-out --image digit.jpg --prompt "Which digit is this?"',
+        'longvita chat --run demo-out --image demo-out/material/images/held_out/0007.jpg --prompt "Which digit is this?"',
     ),
     "eval": Command(
         "measure a trained model: the needle in long videos and texts",

@@ -89,6 +89,4 @@ def table(kind: str, result: dict[str, Any]) -> list[str]:
     lines.append("tokens \\ depth " + "".join(f"{depth:>7.2f}" for depth in result["depths"]))
     for length, row in zip(result["lengths"], result["accuracy"], strict=True):
         lines.append(f"{length:>14,} " + "".join("      –" if value is None else f"{value:>7.2f}" for value in row))
-    if isinstance(result.get("without_needle"), int | float):
-        lines.append(f"needle removed {result['without_needle']:>7.2f}")
     return lines

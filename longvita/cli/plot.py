@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> None:
         if len(args.what) > 1:
             raise UsageError(f"heatmaps are drawn of one result at a time, got {len(args.what)} inputs: call longvita plot for each")
         out = Path(args.out or first.with_name("needle.png"))
-        plots.needle_plot(needle_results(first), out, **title)
+        results, chance = needle_results(first)
+        plots.needle_plot(results, out, chance=chance, **title)
     else:
         curves = loss_curves(args.what)
         out = Path(args.out or first / "loss.png")
@@ -48,13 +49,13 @@ def loss_curves(directories: list[str]) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def needle_results(path: Path) -> dict[str, Any]:
-    """{kind: result} from a report.json, or from what `longvita eval needle --out` wrote."""
+def needle_results(path: Path) -> tuple[dict[str, Any], float | None]:
+    """{kind: result} and what guessing gives, from a report.json or from what `longvita eval needle --out` wrote."""
     from longvita.cli.run_config import read_json
 
-    data = read_json(path)
-    data = data.get("needle", data)
+    report = read_json(path)
+    data = report.get("needle", report)
     results = {kind: value for kind, value in data.items() if isinstance(value, dict) and "accuracy" in value}
     if not results:
         raise UsageError(f"{path}: expected needle results (lengths, depths, accuracy per kind), got the keys {', '.join(data) or 'none'}")
-    return results
+    return results, report.get("chance")

@@ -26,7 +26,7 @@ from longvita.eval import haystack
 from longvita.eval.haystack import NAMES, Digits, TextHay, VideoHay
 
 SPLITS = ("train", "held_out")
-VOCAB_SIZE = 640
+VOCAB_SIZE = 704
 FACT_REPEATS = 24  # so that the names are frequent enough to become tokens of their own
 
 
@@ -38,7 +38,9 @@ def make_tokenizer() -> ChatTokenizer:
         for name in NAMES
         for digit in range(10)
     ]
-    return ChatTokenizer.train_bpe([haystack.load_prose()[0], *(codes * FACT_REPEATS)], VOCAB_SIZE)
+    frames = [" " + " ".join([*haystack.WORDS, haystack.MARK_WORD])]
+    questions = [haystack.IMAGE_QUESTION, haystack.IMAGES_QUESTION, haystack.VIDEO_QUESTION]
+    return ChatTokenizer.train_bpe([haystack.load_prose()[0], *(codes * FACT_REPEATS), *((frames + questions) * 1000)], VOCAB_SIZE)
 
 
 def make_config(tokenizer: ChatTokenizer) -> LongVitaConfig:

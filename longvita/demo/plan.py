@@ -76,15 +76,15 @@ def make_plan(name: str, seed: int = 0) -> Plan:
 
 _SIZES = {
     "quick": dict(
-        minutes=3, vision_steps=160, list_steps=150, text_steps=60,
+        minutes=3, vision_steps=160, list_steps=150, text_steps=150,
         steps=(40, 80, 40, 40), contexts=(512, 512, 1024, 2048), batches=(2, 4, 2, 1), lengths=(512, 1024, 2048), questions=4, controls=4,
     ),
     "default": dict(
-        minutes=16, vision_steps=300, list_steps=200, text_steps=150,
+        minutes=16, vision_steps=300, list_steps=200, text_steps=300,
         steps=(60, 200, 100, 90), contexts=(1024, 1024, 4096, 8192), batches=(2, 4, 1, 1), lengths=(1024, 2048, 4096, 8192),
     ),
     "full": dict(
-        minutes=50, vision_steps=600, list_steps=400, text_steps=300,
+        minutes=50, vision_steps=600, list_steps=400, text_steps=500,
         steps=(100, 500, 250, 300), contexts=(1024, 1024, 4096, 8192), batches=(2, 4, 2, 1), lengths=(1024, 2048, 4096, 8192), questions=20,
         controls=16,
     ),

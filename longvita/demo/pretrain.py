@@ -1,7 +1,8 @@
 """What Long-VITA starts from: a vision tower that sees digits and a language model that recalls what it has read.
 
 The published model starts from InternViT-300M and Qwen2.5-14B. Nobody has pre-trained parts of this demo's size, so it makes its own in a minute
-or two: the tower learns to classify digits, the decoder to recall codes from lists and short texts. Stages 1 to 4 then do what the real ones do.
+or two: the tower learns to classify digits, the decoder to recall codes from lists and short texts, and to answer the questions about images and
+videos with words in their place. Stages 1 to 4 then do what the real ones do.
 
 The decoder does not start from noise. How a transformer recalls ("induction": a head that looks one token back, and a later one that looks for
 what followed the present token before) is known, and takes a small model minutes to discover; `recall_init` puts that pair of heads in place,
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvita.data.tiling import normalise
-from longvita.eval.haystack import NAMES, TEXT_FACT, Digits, TextHay, mark, text_needle
+from longvita.eval.haystack import NAMES, WORDS, TEXT_FACT, Digits, TextHay, mark, spelled_images, spelled_video, text_needle
 from longvita.model.batch import Batch
 from longvita.model.long_vita import LongVita
 from longvita.train.optim import build_optimizers, set_lr
@@ -30,7 +31,7 @@ from longvita.train.recipes import stage2
 Tell = Callable[[str], None]
 IMAGES_PER_STEP = 128
 LIST_TOKENS, LISTS_PER_STEP = 128, 8
-TEXT_TOKENS_PER_STEP = 2048
+CODE_TOKENS, SPELLED_IMAGES, SPELLED_VIDEOS = 2048, 12, 16  # of a step on texts
 
 
 def recipe(steps: int, trainable: tuple[str, ...]):
@@ -141,7 +142,7 @@ def recall_init(model: LongVita, seed: int) -> None:
 
 
 def pretrain_text(model: LongVita, processor, hay: TextHay, list_steps: int, text_steps: int, seed: int, tell: Tell) -> None:
-    """Recall: first from lists of codes in which some come back, then from texts of growing length with codes in them."""
+    """Recall from lists of codes in which some come back; then from texts of growing length, and the questions of the demo in words."""
     rng = np.random.default_rng([seed, 2])
     maker = CodeLists(processor.tokenizer, hay)
 
@@ -151,15 +152,17 @@ def pretrain_text(model: LongVita, processor, hay: TextHay, list_steps: int, tex
     def texts(step: int) -> Batch:
         tokens = (256, 256, 512, 512, 1024)[min(4, 5 * step // (text_steps + 1))]
         ask = 4 if tokens == 256 else 8
-        count = TEXT_TOKENS_PER_STEP // tokens
-        return processor([text_needle(hay, processor, tokens, rng, facts=ask, ask=ask).sample for _ in range(count)], training=True)
+        samples = [text_needle(hay, processor, tokens, rng, facts=ask, ask=ask).sample for _ in range(CODE_TOKENS // tokens)]
+        samples += [spelled_images(int(count), rng) for count in rng.choice((1, 1, 2, 3, 4), size=SPELLED_IMAGES)]
+        samples += [spelled_video(int(count), rng) for count in rng.integers(1, 64, size=SPELLED_VIDEOS)]
+        return processor(samples, training=True)
 
     def mean_loss(batch: Batch) -> Tensor:
         total, count = model.loss(batch)
         return total / count
 
     _fit(model, "text", [], list_steps, lambda step: mean_loss(lists(step)), "decoder, lists of codes", tell)
-    _fit(model, "text", [], text_steps, lambda step: mean_loss(texts(step)), "decoder, codes in texts", tell)
+    _fit(model, "text", [], text_steps, lambda step: mean_loss(texts(step)), "decoder, texts", tell)
 
 
 class CodeLists:
@@ -168,7 +171,8 @@ class CodeLists:
     def __init__(self, tokenizer, hay: TextHay):
         self.digits = [tokenizer.encode(str(digit)) for digit in range(10)]
         self.names = [tokenizer.encode(" " + name) for name in NAMES]
-        if any(len(ids) != 1 for ids in [*self.digits, *self.names]):
+        words = [tokenizer.encode(" " + word) for word in WORDS]
+        if any(len(ids) != 1 for ids in [*self.digits, *self.names, *words]):
             raise ValueError("expected one token for every name and digit: train the tokenizer on texts in which the codes are frequent")
         self.lead = tokenizer.encode(" " + TEXT_FACT.split("{")[0].rstrip())
         self.stop = tokenizer.encode(".")

@@ -29,6 +29,8 @@ NAMES = tuple(
     "Oslo Rome Lima Cairo Paris Delhi Tokyo Quito Dakar Hanoi Sofia Turin Minsk Perth Basel Kyoto Lagos Accra Tunis Milan "
     "Leeds Bonn Riga Bern Nice Porto Seoul Osaka Doha Malmo Linz Graz".split()
 )
+WORDS = tuple("zero one two three four five six seven eight nine".split())
+MARK_WORD = "marked"
 MARK_RGB = (220, 30, 30)
 MARK_SHARE = 8  # the mark is a border of S / 8 pixels: as wide as one patch of the tiny model, so that it survives video compression
 HELD_OUT = 0.2
@@ -214,3 +216,27 @@ def video_turns(path: str | os.PathLike, digit: int) -> list[dict]:
     """The row of a video question: its user turn and its answer."""
     content = [{"type": "video", "video": os.fspath(path)}, {"type": "text", "text": "\n" + VIDEO_QUESTION}]
     return [{"role": "user", "content": content}, {"role": "assistant", "content": str(digit)}]
+
+
+# ---- the same questions without pixels ----
+
+
+def spelled_images(count: int, rng: np.random.Generator) -> Sample:
+    """The image question with words for pictures ("seven three"): what a language model knows of it before it can see."""
+    digits = rng.integers(10, size=count)
+    question = IMAGE_QUESTION if count == 1 else IMAGES_QUESTION
+    return _spelled([WORDS[d] for d in digits], question, " ".join(map(str, digits)))
+
+
+def spelled_video(count: int, rng: np.random.Generator) -> Sample:
+    """The video question with words for frames: "two nine marked seven two"."""
+    digits = rng.integers(10, size=count)
+    place = int(rng.integers(count))
+    words = [WORDS[d] for d in digits]
+    words[place] = f"{MARK_WORD} {words[place]}"
+    return _spelled(words, VIDEO_QUESTION, str(digits[place]))
+
+
+def _spelled(words: list[str], question: str, answer: str) -> Sample:
+    content = f" {' '.join(words)}\n{question}"  # the leading blank gives the first word the token that the others have
+    return Sample([{"role": "user", "content": content}, {"role": "assistant", "content": answer}], placeholders=False)

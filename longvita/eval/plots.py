@@ -30,6 +30,7 @@ STYLE = {
     "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False,
 }  # fmt: skip
 DPI = 130
+CONTROLS = {"needle_removed": "needle removed", "stage2_model": "stage 2's model"}
 NARROW = 0.105  # share of the width below which a band's label stands upright
 
 
@@ -156,8 +157,8 @@ def needle_plot(
     """Heatmaps side by side, one per kind ("video", "text"), every cell with its value.
 
     needle  {kind: {"lengths": tokens, ascending, "depths": shares 0 … 1, "accuracy": [length][depth],
-            optional: "questions" (per cell or in all), "without_needle" (share right when the needle is taken out), "chance"}}
-    path    PNG to write.  chance  what guessing gives; a kind's own "chance" goes first
+            optional: "questions" (in all), and as controls "needle_removed" and "stage2_model": {"accuracy", …}}}
+    path    PNG to write.  chance  what guessing gives
     ValueError for a kind whose accuracy is not len(lengths) × len(depths).
     """
     if not needle:
@@ -167,18 +168,18 @@ def needle_plot(
     rows, columns = max(grid.shape[0] for grid in grids.values()), sum(max(grid.shape[1], 4) for grid in grids.values())
     with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axes = plt.subplots(
-            1, len(grids), figsize=(1.6 + 0.98 * columns, 2.3 + 0.66 * rows), squeeze=False, layout="constrained",
+            1, len(grids), figsize=(1.6 + 0.98 * columns, 2.5 + 0.66 * rows), squeeze=False, layout="constrained",
             width_ratios=[max(grid.shape[1], 4) for grid in grids.values()],
         )  # fmt: skip
         for axis, (kind, grid) in zip(axes[0], grids.items(), strict=True):
-            image = _heatmap(axis, kind, needle[kind], grid, chance)
+            image = _heatmap(axis, kind, needle[kind], grid)
         bar = figure.colorbar(image, ax=axes[0], shrink=0.92, pad=0.015, ticks=[0, 0.25, 0.5, 0.75, 1])
         bar.outline.set_visible(False)
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        for level in {result.get("chance", chance) for result in needle.values()} - {None}:
-            bar.ax.axhline(level, color="white", linewidth=2.5)
-            bar.ax.axhline(level, color="#D55E00", linewidth=1.5)
-            bar.ax.annotate(" chance", (1, level), xycoords=("axes fraction", "data"), fontsize=8, color="#D55E00", va="center",
+        if chance is not None:
+            bar.ax.axhline(chance, color="white", linewidth=2.5)
+            bar.ax.axhline(chance, color="#D55E00", linewidth=1.5)
+            bar.ax.annotate(" chance", (1, chance), xycoords=("axes fraction", "data"), fontsize=8, color="#D55E00", va="center",
                             xytext=(1, 0), textcoords="offset points")  # fmt: skip
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
         _save(figure, path)
@@ -192,7 +193,7 @@ def _grid(kind: str, result: Mapping[str, Any]) -> np.ndarray:
     return grid
 
 
-def _heatmap(axes: Axes, kind: str, result: Mapping[str, Any], grid: np.ndarray, chance: float | None) -> Any:
+def _heatmap(axes: Axes, kind: str, result: Mapping[str, Any], grid: np.ndarray) -> Any:
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
     for (row, column), value in np.ndenumerate(grid):
         text = "–" if math.isnan(value) else f"{value:.0%}"
@@ -206,13 +207,12 @@ def _heatmap(axes: Axes, kind: str, result: Mapping[str, Any], grid: np.ndarray,
     axes.spines[:].set_visible(False)
     axes.set(xlabel="depth of the needle (0 % = start)", ylabel="context, tokens")
     facts = [f"mean {np.nanmean(grid):.1%}" if not np.isnan(grid).all() else "not measured"]
-    if isinstance(result.get("without_needle"), int | float):
-        facts.append(f"needle removed {result['without_needle']:.1%}")
-    if (level := result.get("chance", chance)) is not None:
-        facts.append(f"chance {level:.0%}")
-    axes.set_title(f"{kind}\n", fontsize=11)
-    under = {"xycoords": "axes fraction", "xytext": (0, 5), "textcoords": "offset points"}
-    axes.annotate(" · ".join(facts), (0, 1), fontsize=9, color="#555555", **under)
+    facts += [f"{result['questions']} questions"] if "questions" in result else []
+    controls = [f"{words} {result[key]['accuracy']:.1%}" for key, words in CONTROLS.items() if key in result]
+    lines = [" · ".join(facts), "at full length: " + " · ".join(controls)] if controls else [" · ".join(facts)]
+    axes.set_title("\n".join([kind, *[""] * len(lines)]), fontsize=11)
+    under = {"xycoords": "axes fraction", "xytext": (0, 5), "textcoords": "offset points", "linespacing": 1.35}
+    axes.annotate("\n".join(lines), (0, 1), fontsize=9, color="#555555", **under).set_in_layout(False)
     return image
 
 

@@ -2,7 +2,8 @@
 
 Two layouts of keys (values alike), Hkv heads of dimension D:
   rows    (B, S, Hkv, D)             sequence b has row b
-  paged   (n_blocks, block, Hkv, D)  with block_table (B, n) int32: token t of sequence b is in block block_table[b, t // block] at t % block
+  paged   (n_blocks, block, Hkv, D)  with block_table (B, n) int32: token t of sequence b lies in block block_table[b, t // block],
+                                     at t % block
 8-bit caches (int8, float8_e4m3fn) hold code = x / scale with one float32 scale per token and head, of the cache's shape without D.
 """
 
@@ -69,7 +70,8 @@ def check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, tokens, *, 
         end = length + (offsets[b + 1] - offsets[b] if appended else 0)
         if length < 0 or end > capacity:
             what = f"{length} tokens in the cache and {end - length} new ones" if appended else f"length {length}"
-            raise ValueError(f"cache_seqlens: sequence {b} has {what}, but its cache holds 0 to {capacity}; use a larger cache or more blocks")
+            remedy = "use a larger cache or more blocks"
+            raise ValueError(f"cache_seqlens: sequence {b} has {what}, but its cache holds 0 to {capacity}; {remedy}")
         if block_table is not None and end:
             used = block_table[b, : -(-end // block)].tolist()
             bad = next((i for i in used if not 0 <= i < k_cache.shape[0]), None)

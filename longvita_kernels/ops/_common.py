@@ -20,7 +20,7 @@ def define_op(name, schema, implementation, fake, *, backward=None, setup_contex
     implementation       runs on CPU, and on CUDA unless `cuda` is given; gets exactly the schema's arguments. Outputs never alias inputs
     fake                 same arguments → empty outputs of right shape, dtype and layout
     backward             (ctx, *grads) → gradient or None per argument; with `setup_context(ctx, inputs, output)`
-    no_gradient_message  what an op without a backward says when a gradient is asked of it; default: that its second derivative is missing
+    no_gradient_message  what an op without a backward says when a gradient is asked of it; default: no second derivative
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CPU")
@@ -28,8 +28,8 @@ def define_op(name, schema, implementation, fake, *, backward=None, setup_contex
     qualified = f"longvita::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     message = no_gradient_message or (
-        f"{qualified} has no second derivative: its gradient cannot be differentiated again. Remedy: call backward or autograd.grad without "
-        "create_graph=True, or use the op's reference() for higher derivatives"
+        f"{qualified} has no second derivative: its gradient cannot be differentiated again. Remedy: call backward or autograd.grad "
+        "without create_graph=True, or use the op's reference() for higher derivatives"
     )
 
     def refuse(ctx, *grads):
@@ -45,7 +45,7 @@ def define_op(name, schema, implementation, fake, *, backward=None, setup_contex
 
 
 def run_reference(reference, *args, **kwargs):
-    """`reference(*args, **kwargs)` without gradients and outside autocast: the body of a flat op's reference path. → fresh dense outputs."""
+    """`reference(*args, **kwargs)` without gradients and outside autocast, as the body of a flat op: outputs are fresh and dense."""
     with torch.no_grad(), _no_autocast(args):
         outputs = reference(*args, **kwargs)
     if isinstance(outputs, torch.Tensor):
@@ -130,7 +130,11 @@ def autocast_tensors(*tensors):
 def check_shape(name, tensor, expected, legend):
     """Shape must be `expected` (None = any size there). legend: "(T, H, D)"."""
     shape = tensor.shape
-    if len(shape) != len(expected) or any(want is not None and have != want for have, want in zip(shape, expected, strict=True)):
+    fits = len(shape) == len(expected)
+    for have, want in zip(shape, expected, strict=False):  # a plain loop: this runs on every call
+        if want is not None and have != want:
+            fits = False
+    if not fits:
         sizes = tuple("any" if want is None else want for want in expected)
         raise ValueError(f"{name} has shape {tuple(shape)}; expected {legend} = {sizes}")
 

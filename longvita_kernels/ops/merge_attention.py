@@ -140,7 +140,8 @@ def _samples(dtype, device, seed):
         width = 2 * dim if strided else dim
         outs = [torch.randn(tokens, heads, width, generator=generator).to(device, dtype)[..., :dim] for _ in "ab"]
         lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        lses = [3 * torch.randn(*((tokens, heads) if strided else (heads, tokens)), generator=generator).to(device, lse_dtype) for _ in "ab"]
+        shape = (tokens, heads) if strided else (heads, tokens)
+        lses = [3 * torch.randn(shape, generator=generator).to(device, lse_dtype) for _ in "ab"]
         lses = [lse.T if strided else lse for lse in lses]
         for out, lse, rows in zip(outs, lses, (empty_a, empty_b), strict=True):
             out[:rows], lse[:, :rows] = 0.0, float("-inf")

@@ -21,8 +21,8 @@ def records(steps, start=3.0):
 
 
 NEEDLE = {
-    "video": {"lengths": [1024, 8192], "depths": [0.0, 0.5, 1.0], "accuracy": [[1.0, 0.9, 1.0], [0.2, None, 0.8]], "chance": 0.1},
-    "text": {"lengths": [1000], "depths": [0.0], "accuracy": [[0.5]], "without_needle": 0.08},
+    "video": {"lengths": [1024, 8192], "depths": [0.0, 0.5, 1.0], "accuracy": [[1.0, 0.9, 1.0], [0.2, None, 0.8]]},
+    "text": {"lengths": [1000], "depths": [0.0], "accuracy": [[0.5]], "needle_removed": {"accuracy": 0.08}, "questions": 9},
 }
 
 
@@ -74,11 +74,12 @@ def test_runs_are_found(demo_out, tmp_path):
 
 
 def test_plot_of_needle_results(longvita, tmp_path):
-    (tmp_path / "report.json").write_text(json.dumps({"image_accuracy": 0.9, "needle": NEEDLE}))
+    (tmp_path / "report.json").write_text(json.dumps({"image_accuracy": 0.9, "chance": 0.1, "needle": NEEDLE}))
     result = longvita("plot", tmp_path / "report.json")
     assert result.code == 0 and is_a_picture(tmp_path / "needle.png")
     (tmp_path / "video.json").write_text(json.dumps({"video": NEEDLE["video"]}))
-    assert needle_results(tmp_path / "video.json") == {"video": NEEDLE["video"]}
+    assert needle_results(tmp_path / "video.json") == ({"video": NEEDLE["video"]}, None)
+    assert needle_results(tmp_path / "report.json") == (NEEDLE, 0.1)
 
 
 def test_plot_of_what_is_no_result(longvita, tmp_path):

@@ -166,6 +166,14 @@ def test_long_waiting_samples_leave(processor):
     assert rows.index([0]) <= place + 4 * 4 + 4
 
 
+def test_samples_in_the_window_count_the_rounds_they_wait(processor):
+    loader = PackedLoader(Lazy([60] * 40), processor, 100, window=6)
+    waited = []
+    for _ in zip(range(4), loader, strict=False):  # nothing fits beside anything: one leaves a round, until the oldest lose patience
+        waited.append([age for _, age in loader.state_dict()["stream"]["window"]])
+    assert waited[:4] == [[1] * 5, [2] * 4 + [1], [3] * 3 + [1 + 1, 1], [4] * 2 + [3, 2, 1]]
+
+
 # ---- resume ----
 
 

@@ -277,7 +277,8 @@ def test_arrays_lists_and_directories_are_one_frame_per_second(tmp_path):
     assert np.array_equal(read(tmp_path), frames), "natural order: 2 before 10"
     assert np.array_equal(read([str(tmp_path / "3.png"), frames[4], Image.fromarray(frames[5])]), frames[3:6])
     assert np.array_equal(read(frames, MediaLimits(max_frames=4)), frames[[0, 2, 4, 6]])
-    assert np.array_equal(open_video(frames, LIMITS).read([2, 2, 3], 16), frames[[2, 2, 3]])
+    for source in (frames, list(frames)):
+        assert np.array_equal(open_video(source, MediaLimits(max_decoded=11)).read([2, 2, 3], 16), frames[[2, 2, 3]])
     assert read(np.zeros((3, 8, 12, 3), np.uint8)).shape == (3, 16, 16, 3)
 
 
@@ -361,6 +362,8 @@ def test_endless_videos_are_refused_by_their_length(tmp_path):
     path = make_video(tmp_path / "x.mp4", frames=40, fps=2, size=(16, 16))
     refused("endless", "at most 10 seconds, got 20", read, path, MediaLimits(max_seconds=10))
     refused("endless", "at most 39 frames, got 40", read, path, MediaLimits(max_decoded=39))
+    refused("endless", "at most 0.5 seconds, got 20", read, path, MediaLimits(max_seconds=0.5))
+    assert len(read(path, MediaLimits(max_seconds=20, max_decoded=40))) == 20
     stream = make_video(tmp_path / "x.mkv", frames=40, fps=2, size=(16, 16))
     refused("endless", "at most 10 seconds, got", read, stream, MediaLimits(max_seconds=10))
     refused("endless", "at most 39 frames, got 40", read, stream, MediaLimits(max_decoded=39))

@@ -26,6 +26,7 @@ def rows(mixture, epoch):
         (7, 0.1, None, 0),
         (30, 3, 40, 40),
         (5, 0, None, 0),
+        (5, 1, 0, 0),
     ],
 )
 def test_rows_per_epoch(size, ratio, num, count):

@@ -94,10 +94,10 @@ def test_every_code_of_an_8_bit_cache_is_read_right(backend, dtype):
     codes = torch.arange(256, dtype=torch.uint8)
     codes[[0x7F, 0xFF]] = 0  # the two NaNs of e4m3
     codes = codes.view(dtype).reshape(8, 1, 1, 32)
-    scale = torch.ones(8, 1, 1)
-    for b in range(8):  # one key: the output is its value
-        out = decode_attention(torch.zeros(1, 1, 32), codes[b : b + 1], codes[b : b + 1], _int32(0, 1), _int32(1), k_scale=scale[:1], v_scale=scale[:1])
-        torch.testing.assert_close(out[0, 0], codes[b, 0, 0].float(), rtol=0, atol=0)
+    one, q = torch.ones(8, 1, 1), torch.zeros(8, 1, 32)
+    # one key per sequence: the output is its value
+    out = decode_attention(q, codes, codes, _int32(*range(9)), torch.ones(8, dtype=torch.int32), k_scale=one, v_scale=one)
+    torch.testing.assert_close(out, codes[:, 0].float(), rtol=0, atol=0)
 
 
 def test_nan_of_an_fp8_cache_stays_nan(backend):

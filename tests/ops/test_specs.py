@@ -137,7 +137,7 @@ def test_gradcheck_of_the_definition(spec):
 
 
 def _opcheck_arguments(args, sample, spec, *, gradients):
-    """Arguments opcheck can take: empty views copied (it cannot copy them itself); with `gradients`, requires_grad where the spec says so."""
+    """Arguments opcheck can take: empty views copied (it cannot copy them itself); with `gradients`, requires_grad as in the spec."""
     bound = spec.bind(sample)
     pointers = {bound[name].data_ptr() for name in sample.differentiable if bound[name].numel()} if gradients else ()
     for arg in args:

@@ -48,6 +48,7 @@ struct Block {
 template <class Path>
 void pack_rows(const RowSource& source, const Block& block, float* out, float* rows) {
   for (int64_t i = 0; i < block.count; ++i) {
+    if (i + 2 < block.count) source.prefetch(block.first + i + 2, block.k0, block.depth);
     const float* row = source.read(block.first + i, block.k0, block.depth, rows);
     std::memcpy(out + i * kLda, Path::along_k(row, block.depth, rows + kRowFloats), size_t(block.words) * 4);
   }
@@ -71,6 +72,7 @@ template <class Path>
 void pack_transposed(const RowSource& source, const Block& block, float* out, float* rows) {
   for (int64_t j = 0; j < ceil_div(block.count, kNr) * kNr; j += 4) {
     const float* four[4];
+    for (int64_t i = 4; i < 8 && j + i < block.count; ++i) source.prefetch(block.first + j + i, block.k0, block.depth);
     for (int64_t i = 0; i < 4; ++i) {
       float* buffer = rows + i * kRowFloats;
       if (j + i < block.count) {
@@ -93,9 +95,12 @@ void pack_transposed(const RowSource& source, const Block& block, float* out, fl
 // Rows run across k: cut into panels of `width`. Whole vectors are copied; what runs over is written again by the next row.
 template <class Path, int64_t kWidth, int64_t kPanel>
 void pack_panels(const RowSource& source, const Block& block, float* out, float* rows) {
-  constexpr int64_t kVectors = (kWidth + W - 1) / W;
+  constexpr int64_t kVectors = (kWidth + W - 1) / W, kAhead = 8;
   for (int64_t k = 0; k < block.words; ++k) {
-    const int64_t from = block.k0 + k * Path::kDepth;
+    const int64_t from = block.k0 + k * Path::kDepth, soon = from + kAhead * Path::kDepth;
+    if (soon + Path::kDepth <= block.k0 + block.depth) {
+      for (int64_t i = 0; i < Path::kDepth; ++i) source.prefetch(soon + i, block.first, block.count);
+    }
     const float* even = source.read(from, block.first, block.count, rows);
     const float* odd = nullptr;
     if (Path::kDepth == 2 && from + 1 < block.k0 + block.depth) odd = source.read(from + 1, block.first, block.count, rows + kRowFloats);
@@ -178,17 +183,24 @@ void thin(const float* a, int64_t lda, const T* b, int64_t ldb, int64_t count, i
     const T* rows[kAtOnce];
     for (int j = 0; j < kAtOnce; ++j) rows[j] = b + at_most(n + j, count - 1) * ldb;
     vf sum[kRows][kAtOnce] = {};
-    for (int64_t k = 0; k < K; k += W) {
-      const int lanes = int(at_most(K - k, W));
-      vf bv[kAtOnce];
-#pragma GCC unroll 4
-      for (int j = 0; j < kAtOnce; ++j) bv[j] = lanes == W ? load(rows[j] + k) : load_n(rows[j] + k, lanes);
+    const auto step = [&](int64_t k, const vf (&bv)[kAtOnce]) {
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
         const vf av = load(a + i * lda + k);
 #pragma GCC unroll 4
         for (int j = 0; j < kAtOnce; ++j) sum[i][j] = av * bv[j] + sum[i][j];
       }
+    };
+    vf bv[kAtOnce];
+    int64_t k = 0;
+    for (; k + W <= K; k += W) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kAtOnce; ++j) bv[j] = load(rows[j] + k);
+      step(k, bv);
+    }
+    if (k < K) {
+      for (int j = 0; j < kAtOnce; ++j) bv[j] = load_n(rows[j] + k, int(K - k));
+      step(k, bv);
     }
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < at_most(count - n, kAtOnce); ++j) out[i * ldo + n + j] = hsum(sum[i][j]);

@@ -24,6 +24,8 @@ namespace longvita::LV_ISA {
 struct RowSource {
   // `count` values of `row` from column `col` on: a pointer into the matrix, or to `buffer` (room for count) after conversion.
   virtual const float* read(int64_t row, int64_t col, int64_t count, float* buffer) const = 0;
+  // The same part will be read soon. Short pieces of far-apart rows are more than the hardware foresees.
+  virtual void prefetch(int64_t, int64_t, int64_t) const {}
 };
 
 // `count` values at element `offset` of an array, as fp32.
@@ -42,6 +44,10 @@ struct Matrix final : RowSource {
       : data(data), dtype(dtype), stride(stride), index(index) {}
   const float* read(int64_t row, int64_t col, int64_t count, float* buffer) const override {
     return widen_row(data, dtype, (index ? index[row] : row) * stride + col, count, buffer);
+  }
+  void prefetch(int64_t row, int64_t col, int64_t count) const override {
+    const char* from = static_cast<const char*>(data) + ((index ? index[row] : row) * stride + col) * int64_t(dtype_size(dtype));
+    for (int64_t i = 0; i < count * int64_t(dtype_size(dtype)); i += 64) __builtin_prefetch(from + i);
   }
 };
 

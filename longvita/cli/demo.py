@@ -1,0 +1,27 @@
+"""`longvita demo`: the main job in small, on real input."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a first look: 2K tokens of context, a few minutes")
+    size.add_argument("--full", action="store_true", help="8K tokens and the time to be excellent: less than an hour")
+    parser.add_argument("--out", default="demo-out", metavar="DIR", help="where everything goes; the same command resumes (default: demo-out)")
+    parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from longvita.demo.plan import make_plan
+
+    name = "quick" if args.quick else "full" if args.full else "default"
+    plan = make_plan(name, args.seed)
+    from longvita.demo.report import lines
+    from longvita.demo.run import Demo
+
+    tell = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    demo = Demo(plan, args.out, seed=args.seed, progress="quiet" if args.quiet else "auto", tell=tell)
+    print("\n".join(lines(demo.run(), demo.out)))
