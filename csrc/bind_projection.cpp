@@ -81,7 +81,6 @@ void backward(LV_PROJECTION_ARGUMENTS, uintptr_t grad, int64_t grad_stride, uint
 
 void bind_projection(py::module_& m) {
   m.def("pixel_shuffle_projection_block_rows", [] { return projection_kernels().block_rows; });
-  m.def("pixel_shuffle_projection_max_channels", [] { return projection_kernels().max_channels; });
   m.def("pixel_shuffle_projection_forward", &forward);
   m.def("pixel_shuffle_projection_backward", &backward);
 }

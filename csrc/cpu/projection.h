@@ -40,7 +40,7 @@ struct ProjectionArgs {
 
 struct ProjectionKernels {
   int64_t block_rows;                                 // tokens per block of the LayerNorm's backward
-  int64_t max_channels;
+  int64_t max_channels;                               // a token has to fit into the scratch of the matrix product
   void (*forward)(const ProjectionArgs&);
   void (*backward)(const ProjectionArgs&);
 };

@@ -10,7 +10,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a first look: 2K tokens of context, a few minutes")
     size.add_argument("--full", action="store_true", help="8K tokens and the time to be excellent: less than an hour")
-    parser.add_argument("--out", default="demo-out", metavar="DIR", help="where everything goes; the same command resumes (default: demo-out)")
+    parser.add_argument(
+        "--out", default="demo-out", metavar="DIR", help="where everything goes; the same command resumes (default: demo-out)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
 
 

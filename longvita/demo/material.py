@@ -21,7 +21,7 @@ from longvita.config import LongVitaConfig, presets
 from longvita.data.media import MediaLimits
 from longvita.data.processor import Processor
 from longvita.data.template import ChatTokenizer
-from longvita.demo.plan import Plan, StagePlan
+from longvita.demo.plan import StagePlan
 from longvita.eval import haystack
 from longvita.eval.haystack import NAMES, Digits, TextHay, VideoHay
 

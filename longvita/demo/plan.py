@@ -57,7 +57,7 @@ def _tiny(seed: int, **overrides) -> dict:
 
 
 def make_plan(name: str, seed: int = 0) -> Plan:
-    """"quick" (2K tokens), "default" (8K) or "full" (8K, longer training and more questions)."""
+    """ "quick" (2K tokens), "default" (8K) or "full" (8K, longer training and more questions)."""
     if name not in _SIZES:
         raise ValueError(f"expected a plan out of {', '.join(_SIZES)}, got {name!r}")
     size = dict(_SIZES[name])

@@ -1,12 +1,12 @@
 """What Long-VITA starts from: a vision tower that sees digits and a language model that recalls what it has read.
 
-The published model starts from InternViT-300M and Qwen2.5-14B. Nobody has pre-trained parts of this demo's size, so it makes its own in a minute
-or two: the tower learns to classify digits, the decoder to recall codes from lists and short texts, and to answer the questions about images and
-videos with words in their place. Stages 1 to 4 then do what the real ones do.
+The published model starts from InternViT-300M and Qwen2.5-14B. Nobody has pre-trained parts of this demo's size, so it makes its own in a
+few minutes: the tower learns to classify digits, the decoder to recall codes from lists and short texts, and to answer the questions about
+images and videos with words in their place. Stages 1 to 4 then do what the real ones do.
 
-The decoder does not start from noise. How a transformer recalls ("induction": a head that looks one token back, and a later one that looks for
-what followed the present token before) is known, and takes a small model minutes to discover; `recall_init` puts that pair of heads in place,
-as in mimetic initialisation (Trockman and Kolter, 2023). Everything remains trainable.
+The decoder does not start from noise. How a transformer recalls ("induction": a head that looks one token back, and a later one that looks
+for what followed the present token before) is known, and takes a small model minutes to discover; `recall_init` puts that pair of heads in
+place, as in mimetic initialisation (Trockman and Kolter, 2023). Everything remains trainable.
 
 Shapes: B sequences, L tokens, N images.
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvita.data.tiling import normalise
-from longvita.eval.haystack import NAMES, WORDS, TEXT_FACT, Digits, TextHay, mark, spelled_images, spelled_video, text_needle
+from longvita.eval.haystack import NAMES, TEXT_FACT, WORDS, Digits, TextHay, mark, spelled_images, spelled_video, text_needle
 from longvita.model.batch import Batch
 from longvita.model.long_vita import LongVita
 from longvita.train.optim import build_optimizers, set_lr
@@ -42,7 +42,9 @@ def recipe(steps: int, trainable: tuple[str, ...]):
     )  # fmt: skip
 
 
-def _fit(model: LongVita, part: str, extra: list[nn.Parameter], steps: int, loss_at: Callable[[int], Tensor], name: str, tell: Tell) -> None:
+def _fit(
+    model: LongVita, part: str, extra: list[nn.Parameter], steps: int, loss_at: Callable[[int], Tensor], name: str, tell: Tell
+) -> None:
     plan = recipe(steps, (part,))
     model.set_trainable(plan.trainable)
     optimizers = build_optimizers({part: model.part(part)}, plan, model.config.vision.num_layers)
@@ -91,7 +93,9 @@ def augmented(digits: Digits, rng: np.random.Generator) -> tuple[np.ndarray, np.
     """(N, S, S, 3) images moved by up to two pixels, some of them marked, and their labels (N,)."""
     chosen = rng.integers(len(digits), size=IMAGES_PER_STEP)
     images = digits.images[chosen]
-    for image, (down, right), marked in zip(images, rng.integers(-2, 3, size=(len(images), 2)), rng.random(len(images)) < 1 / 3, strict=True):
+    for image, (down, right), marked in zip(
+        images, rng.integers(-2, 3, size=(len(images), 2)), rng.random(len(images)) < 1 / 3, strict=True
+    ):
         image[:] = np.roll(image, (down, right), (0, 1))
         if marked:
             image[:] = mark(image)

@@ -92,7 +92,7 @@ def write(demo, report: dict) -> None:
     """Writes all four files."""
     out = demo.out
     loss_plot({stage.name: read_metrics(out / stage.name / "metrics.jsonl") for stage in demo.plan.stages}, out / "loss.png")
-    needle_plot(report["needle"], out / "needle.png")
+    needle_plot(report["needle"], out / "needle.png", chance=report["chance"])
     atomic_write_bytes(out / "answers.html", page(demo, report).encode())
     atomic_write_json(out / "report.json", report)
 
@@ -109,12 +109,18 @@ def page(demo, report: dict) -> str:
         return "".join(generate(model, processor, messages, max_new_tokens=16))
 
     sections = [
-        ("Images", f"{report['image_accuracy']:.1%} of {report['image_questions']} held-out digits read correctly.", image_cards(demo, rng, ask)),
+        (
+            "Images",
+            f"{report['image_accuracy']:.1%} of {report['image_questions']} held-out digits read correctly.",
+            image_cards(demo, rng, ask),
+        ),
         ("Long videos", _needle_words(report, "video"), video_cards(demo, processor, rng, ask)),
         ("Long texts", _needle_words(report, "text"), text_cards(demo, processor, rng, ask)),
     ]
     body = "".join(f"<h2>{title}</h2><p>{words}</p><div class='cards'>{''.join(cards)}</div>" for title, words, cards in sections)
-    pictures = "".join(f"<img class='wide' alt='{name}' src='{_data_url((demo.out / name).read_bytes(), 'png')}'>" for name in ("loss.png", "needle.png"))
+    pictures = "".join(
+        f"<img class='wide' alt='{name}' src='{_data_url((demo.out / name).read_bytes(), 'png')}'>" for name in ("loss.png", "needle.png")
+    )
     summary = (
         f"{report['parameters']:,} parameters, {report['context_tokens']:,} tokens of context, trained and measured in "
         f"{report['seconds']['total'] / 60:.0f} minutes on {report['machine']['threads']} threads. "
@@ -128,9 +134,9 @@ def _needle_words(report: dict, kind: str) -> str:
     grid = report["needle"][kind]
     hay = "One frame of the video has a red border" if kind == "video" else "Somewhere in the text a code is told"
     return (
-        f"{hay}. At {grid['lengths'][-1]:,} tokens {grid['full_length_accuracy']:.0%} of the questions are answered correctly; with the needle "
-        f"removed {grid['needle_removed']['accuracy']:.0%} (chance is {report['chance']:.0%}), and by the model of stage 2, which never saw "
-        f"more than a fraction of that length, {grid['stage2_model']['accuracy']:.0%}."
+        f"{hay}. At {grid['lengths'][-1]:,} tokens {grid['full_length_accuracy']:.0%} of the questions are answered correctly; with the "
+        f"needle removed {grid['needle_removed']['accuracy']:.0%} (chance is {report['chance']:.0%}), and by the model of stage 2, which "
+        f"never saw more than a fraction of that length, {grid['stage2_model']['accuracy']:.0%}."
     )
 
 
@@ -158,7 +164,15 @@ def video_cards(demo, processor, rng: np.random.Generator, ask) -> list[str]:
         answer = ask(haystack.video_turns(path, digit)[:1])
         name = f"examples/{path.name}"
         link = f"<p><a href='{name}'>{name}</a>, {len(frames)} frames, one a second</p>"
-        cards.append(_card(f"<img class='sheet' alt='all frames' src='{contact_sheet(frames)}'>{link}", haystack.VIDEO_QUESTION, answer, digit, wide=True))
+        cards.append(
+            _card(
+                f"<img class='sheet' alt='all frames' src='{contact_sheet(frames)}'>{link}",
+                haystack.VIDEO_QUESTION,
+                answer,
+                digit,
+                wide=True,
+            )
+        )
     return cards
 
 
@@ -174,8 +188,8 @@ def text_cards(demo, processor, rng: np.random.Generator, ask) -> list[str]:
         fact = re.search(haystack.TEXT_FACT.format(name="[A-Z][a-z]+", digit=r"\d"), body)
         before, after = body[: fact.start()], body[fact.end() :]
         shown = (
-            f"<p class='text'><i>{len(before):,} characters</i> … {html.escape(before[-220:])}<mark>{fact[0]}</mark>{html.escape(after[:220])} … "
-            f"<i>{len(after):,} characters</i></p>"
+            f"<p class='text'><i>{len(before):,} characters</i> … {html.escape(before[-220:])}<mark>{fact[0]}</mark>{html.escape(after[:220])} "
+            f"… <i>{len(after):,} characters</i></p>"
         )
         cards.append(_card(shown, asked, answer, needle.digit, wide=True))
     return cards

@@ -1,11 +1,11 @@
 """The demo from beginning to end. Every part leaves its result on disk, so that the same command goes on where it was stopped.
 
-    DIR/demo.json      which plan and seed this directory belongs to
-    DIR/material/      images, videos, rows
-    DIR/pretrained/    the parts that stage 1 starts from
-    DIR/stage1 … 4/    run directories (config.json, metrics.jsonl, checkpoints/)
-    DIR/results/       what the evaluation measured, part by part
-    DIR/report.json, loss.png, needle.png, answers.html
+DIR/demo.json      which plan and seed this directory belongs to
+DIR/material/      images, videos, rows
+DIR/pretrained/    the parts that stage 1 starts from
+DIR/stage1 … 4/    run directories (config.json, metrics.jsonl, checkpoints/)
+DIR/results/       what the evaluation measured, part by part
+DIR/report.json, loss.png, needle.png, answers.html
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Demo:
             there = read_json(path)
             if there != mine:
                 raise ValueError(
-                    f"{self.out} holds a demo of plan {there.get('plan')!r} with seed {there.get('seed')}, expected {mine['plan']!r} with seed "
-                    f"{self.seed}: choose another --out, or repeat the command that began it"
+                    f"{self.out} holds a demo of plan {there.get('plan')!r} with seed {there.get('seed')}, expected {mine['plan']!r} "
+                    f"with seed {self.seed}: choose another --out, or repeat the command that began it"
                 )
             return
         if self.out.exists() and any(self.out.iterdir()):
@@ -131,12 +131,24 @@ class Demo:
             on_error="skip",
         )  # fmt: skip
         trainer = Trainer(
-            model, loader, recipe, run_dir, config=self.config, tokenizer=self.tokenizer, progress=self.progress, data={"plan": self.plan.name}
+            model,
+            loader,
+            recipe,
+            run_dir,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            progress=self.progress,
+            data={"plan": self.plan.name},
         )
         run_dir.mkdir(exist_ok=True)
         self.processor.save(run_dir)
         summary = trainer.train()
-        return {**summary, "sequence_length": recipe.sequence_length, "global_batch": recipe.global_batch, "trainable": list(recipe.trainable)}
+        return {
+            **summary,
+            "sequence_length": recipe.sequence_length,
+            "global_batch": recipe.global_batch,
+            "trainable": list(recipe.trainable),
+        }
 
     def model_of(self, stage: int):
         """(model, processor) as the stage left them; the processor may read any path."""
@@ -153,7 +165,7 @@ def announcement(plan: Plan, out: Path, params: int) -> str:
     contexts = " → ".join(f"{stage.recipe.sequence_length:,}" for stage in plan.stages)
     return (
         f"Long-VITA in small ({plan.name}): {params:,} parameters, four stages at {contexts} tokens, about {plan.minutes:g} minutes on two "
-        f"cores.\nIt writes digits as JPEG and MP4 and English text, pre-trains a tiny vision tower and decoder, trains stages 1 to 4, and then "
-        f"asks\nquestions about held-out images, videos and texts. Results go to {out}.\n"
+        f"cores.\nIt writes digits as JPEG and MP4 and English text, pre-trains a tiny vision tower and decoder, trains stages 1 to 4, and "
+        f"then asks\nquestions about held-out images, videos and texts. Results go to {out}.\n"
         "Ctrl-C saves; the same command goes on where it stopped."
     )

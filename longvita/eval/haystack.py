@@ -10,6 +10,7 @@ Shapes: F frames, N images, S pixels a side.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -72,17 +73,19 @@ def load_digits(size: int = 32, seed: int = 0) -> tuple[Digits, Digits]:
 
 @functools.cache
 def load_prose(seed: int = 0) -> tuple[str, str]:
-    """(training, held out): whole help topics, so that no held-out sentence was ever trained on."""
+    """(training, held out): whole help topics, and no sentence of the one in the other (some topics share sections)."""
     from pydoc_data.topics import topics
 
     names = sorted(topics)
     order = np.random.default_rng(seed).permutation(len(names))
     cut = int(len(order) * (1 - HELD_OUT))
+    train, held_out = ([_sentences(topics[names[i]]) for i in part] for part in (order[:cut], order[cut:]))
+    known = {sentence for topic in train for sentence in topic}
+    return " ".join(itertools.chain(*train)), " ".join(s for topic in held_out for s in topic if s not in known)
 
-    def join(chosen) -> str:
-        return " ".join(re.sub(r"\s+", " ", topics[names[i]]).strip() for i in chosen)
 
-    return join(order[:cut]), join(order[cut:])
+def _sentences(text: str) -> list[str]:
+    return re.split(r"(?<=\.) ", re.sub(r"\s+", " ", text).strip())
 
 
 def mark(frame_SS3: np.ndarray) -> np.ndarray:
@@ -149,7 +152,7 @@ class TextHay:
         object.__setattr__(self, "_ends", np.cumsum([counts[word] for word in words]))
 
     def passage(self, tokens: int, rng: np.random.Generator, facts: Sequence[str], depths: Sequence[float | None]) -> str:
-        """About `tokens` tokens of prose (never more, the facts not counted) with each fact at its depth, after the nearest sentence end."""
+        """About `tokens` tokens of prose (never more; facts not counted) with each fact at its depth, after the nearest sentence end."""
         last = int(np.searchsorted(self._ends, self._ends[-1] - tokens))
         if last < 1:
             raise ValueError(f"expected a passage of at most {self._ends[-1]} tokens, all there are in this split; got {tokens}")

@@ -3,7 +3,8 @@
     result = evaluate_run("demo-out/stage4", kinds=("video", "text"), lengths=[1024, 8192], questions=200)
     result["video"]["accuracy"][i][j]      # at lengths[i] (tokens of the whole conversation) and depths[j] (0 the start, 1 the end)
 
-Every question has one of ten digits as its answer, drawn uniformly: chance is 0.1. An answer counts when the only digit in it is the right one.
+Every question has one of ten digits as its answer, drawn uniformly: chance is 0.1. An answer counts when the only digit in it is the right
+one.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ ANSWER_TOKENS = {"video": 4, "text": 12}
 
 
 def evaluate_run(
-    run_dir: str | os.PathLike, *, kinds: Sequence[str] = KINDS, lengths: Sequence[int] | None = None, depths: Sequence[float] | None = None,
-    questions: int = 200, seed: int = 0, progress: Callable[[str], None] | None = None,
+    run_dir: str | os.PathLike, *, kinds: Sequence[str] = KINDS, lengths: Sequence[int] | None = None,
+    depths: Sequence[float] | None = None, questions: int = 200, seed: int = 0, progress: Callable[[str], None] | None = None,
 ) -> dict:  # fmt: skip
     """{kind: {"lengths", "depths", "accuracy", "questions"}} of the newest checkpoint in a run directory.
 

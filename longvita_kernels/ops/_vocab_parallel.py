@@ -50,8 +50,8 @@ class _JoinStatistics(torch.autograd.Function):
 
 
 def join_statistics(statistics, group):
-    """(5, T) of this process's part of the vocabulary (lse, label's logit or 0, sum and maximum of the logits l, Σ exp(l − maximum)) → those
-    of the whole.
+    """(5, T) of this process's part of the vocabulary (lse, label's logit or 0, sum and maximum of the logits l, Σ exp(l − maximum)) →
+    those of the whole.
 
     The gradient that comes in is the same in every process, and each takes its own part's share of it.
     """

@@ -5,7 +5,7 @@
     loss[t] = (1 − s)·(lse[t] − l[t, label[t]]) + s·(lse[t] − mean_v l[t, v]) + z·lse[t]²
 
 (T, H): hidden. (V, H): weight. (T,): labels, already shifted. s label_smoothing, z z_loss. Rows whose label is ignore_index are dropped
-before anything is computed. R: rows that are left. Logits exist in float32 for one chunk of rows at a time (`_chunk`); a chunk gives
+before anything is computed. R: rows that are left. Logits exist in float32 for one chunk of rows at a time (`_logit_chunks`); a chunk gives
 its loss and, in the same visit, both gradients for a summed loss, which backward only scales. For reduction="none" and for a
 vocabulary that is spread over processes the gradients need numbers that come later, so backward makes the logits again.
 
@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from longvita_kernels import backends, native
-from longvita_kernels.ops import _common, _gemm, _vocab_parallel
+from longvita_kernels import backends
+from longvita_kernels.ops import _common, _logit_chunks, _vocab_parallel
 from longvita_kernels.spec import OpSpec, SampleInput, nbytes
 
 
@@ -98,17 +98,17 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
 
     hidden (T, H), weight (V, H)  float32, bfloat16 or float16, alike; last dimension dense, rows may be strided; both take gradients
     labels (T,) int64             already shifted: labels[t] is what hidden[t] predicts; rows with ignore_index cost nothing
-    reduction                     "sum"; "mean", divided by Σ loss_weight over supervised rows (their number without loss_weight); "none" (T,)
+    reduction                     "sum"; "mean", divided by Σ loss_weight (without it: the number) of supervised rows; or "none", (T,)
     loss_weight (T,)              factor of each row's loss; takes no gradient
     softcap, z_loss, label_smoothing   as in the equation of this module; 0 turns each off
     return_stats                  → (loss, LossStats)
-    vocab_start, vocab_group      tensor-parallel head: weight holds the rows vocab_start … vocab_start+V−1 of the whole one, labels stay global,
-                                  every process of the torch.distributed group makes the same call; the gradient of hidden is summed over it
+    vocab_start, vocab_group      tensor-parallel head: weight holds rows vocab_start … vocab_start+V−1 of the whole one, labels stay global;
+                                  every process of the torch.distributed group makes the call, and gets the whole gradient of hidden
     → loss, float32. Nothing supervised gives 0. Sums are in float32, gradients are rounded once, and a frozen input skips its matmul.
 
-    Memory beside inputs and outputs: one chunk of logits, at most max(4 Mi, 256 · V) floats; from forward to backward the float32 gradients
-    of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile (T, H): R is not known there). reduction="none" and
-    vocab_group keep no gradients and make the logits twice.
+    Memory beside inputs and outputs: one chunk of logits, at most max(4 Mi, 256 · V) floats; from forward to backward the float32
+    gradients of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile (T, H): R is not known there).
+    reduction="none" and vocab_group keep no gradients and make the logits twice.
     Raises ValueError for arguments that do not fit and, on the CPU, for a label outside 0 … V−1 that is not ignore_index.
     """
     _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, label_smoothing, vocab_start, vocab_group)
@@ -171,55 +171,15 @@ def _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, labe
             "0 ≤ label_smoothing < 1, where 0 turns each off"
         )
     if vocab_group is None and vocab_start != 0:
-        raise ValueError(f"vocab_start is {vocab_start} without vocab_group; pass the torch.distributed group that holds the other rows of weight")
+        raise ValueError(f"vocab_start is {vocab_start} without vocab_group; pass the torch.distributed group that has the rest of weight")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ flat ops
 
 
-def _check_labels(labels, rows, ignore_index, vocab_size):
-    """Labels must be ignore_index or lie in 0 … vocab_size−1; names the first that does not."""
-    if not _common.checks_values(labels):
-        return
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
-        raise ValueError(
-            f"labels[{at if rows is None else int(rows[at])}] is {int(labels[at])}; expected 0 … {vocab_size - 1} for a vocabulary of "
-            f"{vocab_size}, or ignore_index = {ignore_index}. Remedy: check the tokenizer against the model, or set such labels to ignore_index"
-        )
-
-
-def _chunk(vocab, rows):
-    """Rows whose logits exist at one time: a function of the sizes alone, because the order of sums follows it."""
-    return max(1, min(rows, max(256, min(2048, (4 << 20) // vocab))))
-
-
-def _run_native(hidden, weight, rows, labels, softcap, statistics, *, coefficients=None, recompute=False, row_weight=None, smoothing=0.0,
-                z_loss=0.0, needs=(False, False)):  # fmt: skip
-    """One pass over `rows` (R,) of hidden: fills statistics (5, R), or reads them to recompute → float32 gradients (R, H) and (V, H)."""
-    module, vocab = native.load(), weight.shape[0]
-    chunk, blocks = _chunk(vocab, rows.shape[0]), -(-vocab // module.linear_cross_entropy_block())
-    if coefficients is None:
-        coefficients = torch.empty(3, rows.shape[0] if any(needs) else 0, dtype=torch.float32)
-    partial = torch.empty(0 if recompute else 3 * blocks * chunk, dtype=torch.float32)
-    logits = torch.empty(chunk * vocab if any(needs) else 0, dtype=torch.float32)
-    grads = [torch.empty(n, hidden.shape[1], dtype=torch.float32) if need else _common.absent(hidden)
-             for n, need in zip((rows.shape[0], vocab), needs, strict=True)]  # fmt: skip
-    scratch = _gemm.scratch()
-    module.linear_cross_entropy_run(
-        native.dtype_code(hidden.dtype), *hidden.shape, vocab, rows.shape[0],
-        hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), rows.data_ptr(), labels.data_ptr(),
-        softcap, statistics.data_ptr(), chunk, partial.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
-        recompute, coefficients.data_ptr(), 0 if row_weight is None else row_weight.data_ptr(), smoothing, z_loss,
-        logits.data_ptr(), grads[0].data_ptr(), grads[1].data_ptr(),
-    )  # fmt: skip
-    return grads
-
-
 def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs):
     """Sum of the losses of `rows`, their statistics and, unscaled and in float32, the gradients that `needs` asks for."""
-    _check_labels(labels, rows, ignore_index, weight.shape[0])
+    _logit_chunks.check_labels(labels, rows, ignore_index, weight.shape[0])
     loss, statistics, grad_rows, grad_weight = _loss_fake(
         hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs
     )
@@ -230,7 +190,8 @@ def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap,
         found, grads = _reference_pass(hidden, weight, picked, labels, weight_R, softcap, z_loss, label_smoothing, needs)
     else:
         found = torch.empty(5, kept.shape[0], dtype=torch.float32)
-        grads = _run_native(hidden, weight, picked, labels, softcap, found, row_weight=weight_R, smoothing=label_smoothing, z_loss=z_loss, needs=needs)
+        options = {"row_weight": weight_R, "smoothing": label_smoothing, "z_loss": z_loss, "needs": needs}
+        grads = _logit_chunks.run_native(hidden, weight, picked, labels, softcap, found, **options)
     row_loss = _row_loss(found, weight.shape[0], z_loss, label_smoothing)
     loss.copy_((row_loss if weight_R is None else row_loss * weight_R).sum())
     statistics.zero_().index_copy_(1, kept, found)
@@ -240,7 +201,7 @@ def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap,
 
 
 def _reference_pass(hidden, weight, rows, labels, loss_weight, softcap, z_loss, label_smoothing, needs):
-    """What `_run_native` does, by autograd through the definition. → statistics, (gradient of the rows, of weight)."""
+    """What `run_native` does, by autograd through the definition. → statistics, (gradient of the rows, of weight)."""
     dtype = _common.compute_dtype(hidden)
 
     def definition(hidden_RH, weight_VH):
@@ -296,7 +257,7 @@ def _loss_grad_fake(grad, hidden, weight, rows, grad_rows, grad_weight, needs):
 
 def _rows_impl(hidden, weight, labels, ignore_index, softcap, vocab_start, vocab_size):
     """Statistics (5, T) of the supervised rows, 0 elsewhere."""
-    _check_labels(labels, None, ignore_index, vocab_size)
+    _logit_chunks.check_labels(labels, None, ignore_index, vocab_size)
     rows = (labels != ignore_index).nonzero().squeeze(1)
     local = labels[rows] - vocab_start
     if backends.choose("linear_cross_entropy", hidden) == "reference":
@@ -304,7 +265,7 @@ def _rows_impl(hidden, weight, labels, ignore_index, softcap, vocab_start, vocab
         found = _common.run_reference(lambda h, w: _statistics(h.to(dtype) @ w.to(dtype).T, local, softcap), hidden[rows], weight)
     else:
         found = torch.empty(5, rows.shape[0], dtype=torch.float32)
-        _run_native(hidden, weight, rows, local, softcap, found)
+        _logit_chunks.run_native(hidden, weight, rows, local, softcap, found)
     return found.new_zeros(5, labels.shape[0]).index_copy_(1, rows, found)
 
 
@@ -340,7 +301,7 @@ def _rows_grad_impl(grad, hidden, weight, labels, statistics, ignore_index, soft
         grads = _common.reference_gradients(definition, (hidden[rows].to(dtype), weight.to(dtype)), needs, (coefficients,))
     else:
         found = statistics[:, rows].contiguous()
-        grads = _run_native(hidden, weight, rows, local, softcap, found, coefficients=coefficients, recompute=True, needs=needs)
+        grads = _logit_chunks.run_native(hidden, weight, rows, local, softcap, found, coefficients=coefficients, recompute=True, needs=needs)
     out = _input_grads_fake(hidden, weight, needs)
     if needs[0]:
         out[0].zero_().index_copy_(0, rows, grads[0].to(hidden.dtype))

@@ -68,8 +68,8 @@ def check_rows(rows, tokens):
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
         raise ValueError(
-            f"rows[{at}] is {int(rows[at])}; expected 0 … {tokens - 1}, because hidden has {tokens} rows. Remedy: count rows from the start "
-            "of hidden (negative numbers do not count from the end)"
+            f"rows[{at}] is {int(rows[at])}; expected 0 … {tokens - 1}, because hidden has {tokens} rows. Remedy: count rows from the "
+            "start of hidden (negative numbers do not count from the end)"
         )
 
 

@@ -7,7 +7,7 @@
 D: width of z. O: width of y. A token is two runs of 2C channels in x, so neither the shuffled nor the normalised matrix is ever made:
 the first matmul reads the runs where they stand and normalises them on the way, forward and backward.
 
-Source: InternVL's pixel shuffle (arXiv 2404.16821) as in Long-VITA (arXiv 2502.05177), whose LayerNorm → Linear → GELU → Linear has no biases.
+Source: InternVL's pixel shuffle (arXiv 2404.16821) as in Long-VITA (arXiv 2502.05177), whose two linear layers have no biases.
 """
 
 import torch
@@ -48,7 +48,8 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
     → (N, rows/2 · cols/2, O) in x's dtype. All seven tensors take gradients; those that are frozen skip their part of the work.
 
     Statistics, sums and GELU are in float32. Memory beside inputs and outputs: GELU(z), and z if a gradient may follow, (tokens, D) each;
-    backward the float32 gradient of z, and per thread 96 tokens of 4C floats. Autocast casts like `linear` (LayerNorm stays float32 inside).
+    backward the float32 gradient of z, and per thread 96 tokens of 4C floats. Autocast casts x, weights and biases like `linear`, and
+    leaves ln_weight and ln_bias.
     Raises ValueError for shapes, dtypes, devices or strides that do not fit.
     """
     x, w1, b1, w2, b2 = _common.autocast_tensors(x, w1, b1, w2, b2)
@@ -60,11 +61,13 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
 
 def _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token):
     if len(grid) != 2 or any(size <= 0 or size % 2 for size in grid):
-        raise ValueError(f"grid is {tuple(grid)}; expected (rows, cols) of patches, both even and positive: pixel shuffle joins 2 × 2 of them")
+        raise ValueError(f"grid is {tuple(grid)}; expected (rows, cols) of patches, both even and positive: 2 × 2 of them make a token")
     length, legend = grid[0] * grid[1] + int(class_token), f"(N, rows·cols{' + 1' if class_token else ''}, C)"
     if x.ndim == 3 and x.shape[1] == grid[0] * grid[1] + 1 - int(class_token):
-        hint = "pass class_token=False, or prepend the class token" if class_token else "pass class_token=True, or drop the first patch"
-        raise ValueError(f"x has {x.shape[1]} rows per tile; expected {length} for grid {tuple(grid)} with class_token={class_token}; {hint}")
+        remedy = "pass class_token=False, or prepend the class token" if class_token else "pass class_token=True, or drop the first row"
+        raise ValueError(
+            f"x has {x.shape[1]} rows per tile; expected {length} for grid {tuple(grid)} with class_token={class_token}. Remedy: {remedy}"
+        )
     _common.check_shape("x", x, (None, length, None), legend)
     _common.check_float("x", x)
     _common.check_last_stride("x", x)
@@ -87,15 +90,14 @@ def _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token):
 # ------------------------------------------------------------------------------------------------------------------------------ flat ops
 
 
+_MAX_CHANNELS = 16384  # one token of 4C floats has to fit into the scratch of the native matrix product
+
+
 def _backend(x):
-    limit = f"the native kernel takes at most {_max_channels()} channels, not {x.shape[2]}" if x.shape[2] > _max_channels() else None
-    empty = "there are no channels" if x.shape[2] == 0 else None
-    return backends.choose("pixel_shuffle_projection", x, limit or empty)
-
-
-def _max_channels():
-    module = native.load()
-    return module.pixel_shuffle_projection_max_channels() if hasattr(module, "pixel_shuffle_projection_max_channels") else 0
+    unsupported = None
+    if not 0 < x.shape[2] <= _MAX_CHANNELS:
+        unsupported = f"the native kernel takes 1 to {_MAX_CHANNELS} channels, not {x.shape[2]}"
+    return backends.choose("pixel_shuffle_projection", x, unsupported)
 
 
 def _sizes(x, w1, w2, grid):
@@ -219,8 +221,9 @@ def _samples(dtype, device, seed):
     def make(label, tiles, grid, channels, hidden, out, *, biases=False, strided=0, class_token=True, offset=0.0):
         length, width = grid[0] * grid[1] + int(class_token), 4 * channels
         x = normal(tiles, length + strided, channels + strided, offset=offset)[:, :length, :channels]
-        args = (x, normal(width, scale=0.3, offset=1.0), normal(width, scale=0.3),
-                normal(hidden, width + strided, scale=width**-0.5)[:, :width], normal(out, hidden + strided, scale=hidden**-0.5)[:, :hidden])  # fmt: skip
+        w1 = normal(hidden, width + strided, scale=width**-0.5)[:, :width]
+        w2 = normal(out, hidden + strided, scale=hidden**-0.5)[:, :hidden]
+        args = (x, normal(width, scale=0.3, offset=1.0), normal(width, scale=0.3), w1, w2)
         kwargs = {"grid": grid, "class_token": class_token}
         if biases:
             kwargs |= {"b1": normal(hidden, scale=0.5), "b2": normal(out, scale=0.5)}
@@ -240,7 +243,9 @@ def _tokens(sample):
 
 
 def _bytes(sample):
-    return nbytes(*sample.args, sample.kwargs.get("b1"), sample.kwargs.get("b2")) + _tokens(sample) * sample.args[4].shape[0] * sample.args[0].element_size()
+    x, *_, w2 = sample.args
+    written = _tokens(sample) * w2.shape[0] * x.element_size()
+    return nbytes(*sample.args, sample.kwargs.get("b1"), sample.kwargs.get("b2")) + written
 
 
 def _flops(sample):

@@ -1,0 +1,46 @@
+"""`hidden @ weight.T` visited chunk by chunk: what linear_cross_entropy asks of the native kernel (csrc/cpu/cross_entropy.h)."""
+
+import torch
+
+from longvita_kernels import native
+from longvita_kernels.ops import _common, _gemm
+
+
+def check_labels(labels, rows, ignore_index, vocab_size):
+    """Labels must be ignore_index or lie in 0 … vocab_size−1; names the first that does not."""
+    if not _common.checks_values(labels):
+        return
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"labels[{at if rows is None else int(rows[at])}] is {int(labels[at])}; expected 0 … {vocab_size - 1}, or ignore_index = "
+            f"{ignore_index}. Remedy: check that the tokenizer belongs to the model, or set such labels to ignore_index"
+        )
+
+
+def chunk_rows(vocab, rows):
+    """Rows whose logits exist at one time: a function of the sizes alone, because the order of sums follows it."""
+    return max(1, min(rows, max(256, min(2048, (4 << 20) // vocab))))
+
+
+def run_native(hidden, weight, rows, labels, softcap, statistics, *, coefficients=None, recompute=False, row_weight=None, smoothing=0.0,
+                z_loss=0.0, needs=(False, False)):  # fmt: skip
+    """One pass over `rows` (R,) of hidden: fills statistics (5, R), or reads them to recompute → float32 gradients (R, H) and (V, H)."""
+    module, vocab = native.load(), weight.shape[0]
+    chunk, blocks = chunk_rows(vocab, rows.shape[0]), -(-vocab // module.linear_cross_entropy_block())
+    if coefficients is None:
+        coefficients = torch.empty(3, rows.shape[0] if any(needs) else 0, dtype=torch.float32)
+    partial = torch.empty(0 if recompute else 3 * blocks * chunk, dtype=torch.float32)
+    logits = torch.empty(chunk * vocab if any(needs) else 0, dtype=torch.float32)
+    grads = [torch.empty(n, hidden.shape[1], dtype=torch.float32) if need else _common.absent(hidden)
+             for n, need in zip((rows.shape[0], vocab), needs, strict=True)]  # fmt: skip
+    scratch = _gemm.scratch()
+    module.linear_cross_entropy_run(
+        native.dtype_code(hidden.dtype), *hidden.shape, vocab, rows.shape[0],
+        hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), rows.data_ptr(), labels.data_ptr(),
+        softcap, statistics.data_ptr(), chunk, partial.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+        recompute, coefficients.data_ptr(), 0 if row_weight is None else row_weight.data_ptr(), smoothing, z_loss,
+        logits.data_ptr(), grads[0].data_ptr(), grads[1].data_ptr(),
+    )  # fmt: skip
+    return grads
