@@ -27,6 +27,7 @@ from longvita.eval.haystack import NAMES, Digits, TextHay, VideoHay
 
 SPLITS = ("train", "held_out")
 VOCAB_SIZE = 704
+LONGEST_CAPTION = 12  # frames
 FACT_REPEATS = 24  # so that the names are frequent enough to become tokens of their own
 
 
@@ -39,7 +40,7 @@ def make_tokenizer() -> ChatTokenizer:
         for digit in range(10)
     ]
     frames = [" " + " ".join([*haystack.WORDS, haystack.MARK_WORD])]
-    questions = [haystack.IMAGE_QUESTION, haystack.IMAGES_QUESTION, haystack.VIDEO_QUESTION]
+    questions = [haystack.IMAGE_QUESTION, haystack.IMAGES_QUESTION, haystack.VIDEO_QUESTION, haystack.CAPTION_QUESTION]
     return ChatTokenizer.train_bpe([haystack.load_prose()[0], *(codes * FACT_REPEATS), *((frames + questions) * 1000)], VOCAB_SIZE)
 
 
@@ -93,7 +94,7 @@ class _RowMaker:
     def rows(self) -> Iterator[dict]:
         recipe = self.stage.recipe
         budget = 1.03 * recipe.steps * recipe.global_batch * recipe.sequence_length
-        makers = {"images": self.image, "videos": self.video, "texts": self.text}
+        makers = {"images": self.image, "captions": self.caption, "videos": self.video, "texts": self.text}
         for kind, share in self.stage.shares.items():
             spent = number = 0
             while spent < share * budget:
@@ -122,10 +123,25 @@ class _RowMaker:
         tokens = max(self.tokens(), 64)
         count = haystack.video_frames(self.processor, tokens)
         frames, digit = self.videos.frames(count, self.rng)
+        return _row("<video>\n" + haystack.VIDEO_QUESTION, str(digit), videos=[self.write(f"{number:04d}", frames)]), tokens
+
+    def caption(self, number: int) -> tuple[dict, int]:
+        """A short video, every frame of it described."""
+        chosen = self.rng.integers(len(self.digits), size=self.rng.integers(1, LONGEST_CAPTION + 1))
+        marked = self.rng.random(len(chosen)) < haystack.CAPTION_MARKS
+        frames = np.stack(
+            [haystack.mark(self.digits.images[i]) if mark else self.digits.images[i] for i, mark in zip(chosen, marked, strict=True)]
+        )
+        answer = " ".join(haystack.caption(self.digits.labels[chosen], marked))
+        row = _row("<video>\n" + haystack.CAPTION_QUESTION, answer, videos=[self.write(f"caption-{number:04d}", frames)])
+        return row, len(chosen) * (self.processor.layout.tokens_per_frame + 1) + 20
+
+    def write(self, name: str, frames: np.ndarray) -> str:
+        """Writes a video and returns its path as rows give it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{number:04d}.mp4"
+        path = self.folder / f"{name}.mp4"
         haystack.write_video(path, frames)
-        return _row("<video>\n" + haystack.VIDEO_QUESTION, str(digit), videos=[path.relative_to(self.material).as_posix()]), tokens
+        return path.relative_to(self.material).as_posix()
 
     def text(self, number: int) -> tuple[dict, int]:
         tokens = max(self.tokens(), 256)

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 from longvita.train.recipes import Recipe, stage1, stage2, stage3, stage4
 
-MIX = {"images": 0.1, "videos": 0.45, "texts": 0.45}  # shares of a stage's tokens
+# What a stage's rows are made of: shares of its tokens.
+ALIGN = {"images": 0.4, "captions": 0.6}
+KNOW = {"images": 0.15, "captions": 0.15, "videos": 0.4, "texts": 0.3}
+MIX = {"images": 0.05, "captions": 0.05, "videos": 0.5, "texts": 0.4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ def make_plan(name: str, seed: int = 0) -> Plan:
         stage3(**common[2], lr=1e-3, min_lr=2e-4, muon_lr=0.005),
         stage4(**common[3], lr=1e-3, min_lr=5e-5, muon_lr=0.005),
     )
-    shares = ({"images": 1.0}, {"images": 0.3, "videos": 0.35, "texts": 0.35}, MIX, MIX)
+    shares = (ALIGN, KNOW, MIX, MIX)
     stages = tuple(StagePlan(number=i + 1, recipe=r, shares=s) for i, (r, s) in enumerate(zip(recipes, shares, strict=True)))
     return Plan(name=name, stages=stages, **size)
 

@@ -22,7 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvita.data.tiling import normalise
-from longvita.eval.haystack import NAMES, TEXT_FACT, WORDS, Digits, TextHay, mark, spelled_images, spelled_video, text_needle
+from longvita.eval.haystack import (
+    NAMES,
+    TEXT_FACT,
+    WORDS,
+    Digits,
+    TextHay,
+    mark,
+    spelled_caption,
+    spelled_images,
+    spelled_video,
+    text_needle,
+)
 from longvita.model.batch import Batch
 from longvita.model.long_vita import LongVita
 from longvita.train.optim import build_optimizers, set_lr
@@ -31,7 +42,7 @@ from longvita.train.recipes import stage2
 Tell = Callable[[str], None]
 IMAGES_PER_STEP = 128
 LIST_TOKENS, LISTS_PER_STEP = 128, 8
-CODE_TOKENS, SPELLED_IMAGES, SPELLED_VIDEOS = 2048, 12, 16  # of a step on texts
+CODE_TOKENS, SPELLED_IMAGES, SPELLED_CAPTIONS, SPELLED_VIDEOS = 2048, 12, 8, 12  # of a step on texts
 
 
 def recipe(steps: int, trainable: tuple[str, ...]):
@@ -70,36 +81,36 @@ def _fit(
 
 
 def pretrain_vision(model: LongVita, digits: Digits, steps: int, seed: int, tell: Tell) -> None:
-    """Classification of shifted digits, a third of them marked, so that the mark does not hide what it marks."""
+    """Classification of shifted digits, a third of them marked: which digit, and whether it is marked."""
     rng = np.random.default_rng([seed, 1])
     generator = torch.Generator().manual_seed(seed)
     hidden = model.config.vision.hidden_size
-    classifier = nn.Linear(hidden, 10)
+    classifier = nn.Linear(hidden, 11)  # ten digits, and whether the image is marked
     with torch.no_grad():
         classifier.weight.normal_(0, hidden**-0.5, generator=generator)
         classifier.bias.zero_()
 
     def loss_at(_: int) -> Tensor:
-        images_NSS3, labels_N = augmented(digits, rng)
+        images_NSS3, labels_N, marked_N = augmented(digits, rng)
         pixels_N3SS = np.empty((len(images_NSS3), 3, *images_NSS3.shape[1:3]), np.float32)
         normalise(images_NSS3, pixels_N3SS)
         features = model.model.vision_model(torch.from_numpy(pixels_N3SS))
-        return F.cross_entropy(classifier(features[:, 1:].mean(1)), torch.from_numpy(labels_N))
+        scores = classifier(features[:, 1:].mean(1))
+        is_marked = F.binary_cross_entropy_with_logits(scores[:, 10], torch.from_numpy(marked_N.astype(np.float32)))
+        return F.cross_entropy(scores[:, :10], torch.from_numpy(labels_N)) + is_marked
 
     _fit(model, "vision", list(classifier.parameters()), steps, loss_at, "vision tower", tell)
 
 
-def augmented(digits: Digits, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(N, S, S, 3) images moved by up to two pixels, some of them marked, and their labels (N,)."""
+def augmented(digits: Digits, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N, S, S, 3) images moved by up to two pixels, their labels (N,), and which of them are marked (N,)."""
     chosen = rng.integers(len(digits), size=IMAGES_PER_STEP)
-    images = digits.images[chosen]
-    for image, (down, right), marked in zip(
-        images, rng.integers(-2, 3, size=(len(images), 2)), rng.random(len(images)) < 1 / 3, strict=True
-    ):
+    images, marked_N = digits.images[chosen], rng.random(IMAGES_PER_STEP) < 1 / 3
+    for image, (down, right), marked in zip(images, rng.integers(-2, 3, size=(len(images), 2)), marked_N, strict=True):
         image[:] = np.roll(image, (down, right), (0, 1))
         if marked:
             image[:] = mark(image)
-    return images, digits.labels[chosen]
+    return images, digits.labels[chosen], marked_N
 
 
 # ---- language ----
@@ -158,6 +169,7 @@ def pretrain_text(model: LongVita, processor, hay: TextHay, list_steps: int, tex
         ask = 4 if tokens == 256 else 8
         samples = [text_needle(hay, processor, tokens, rng, facts=ask, ask=ask).sample for _ in range(CODE_TOKENS // tokens)]
         samples += [spelled_images(int(count), rng) for count in rng.choice((1, 1, 2, 3, 4), size=SPELLED_IMAGES)]
+        samples += [spelled_caption(int(count), rng) for count in rng.integers(1, 13, size=SPELLED_CAPTIONS)]
         samples += [spelled_video(int(count), rng) for count in rng.integers(1, 64, size=SPELLED_VIDEOS)]
         return processor(samples, training=True)
 

@@ -187,10 +187,8 @@ def text_cards(demo, processor, rng: np.random.Generator, ask) -> list[str]:
         body, _, asked = question.rpartition("\n")
         fact = re.search(haystack.TEXT_FACT.format(name="[A-Z][a-z]+", digit=r"\d"), body)
         before, after = body[: fact.start()], body[fact.end() :]
-        shown = (
-            f"<p class='text'><i>{len(before):,} characters</i> … {html.escape(before[-220:])}<mark>{fact[0]}</mark>{html.escape(after[:220])} "
-            f"… <i>{len(after):,} characters</i></p>"
-        )
+        near = f"{html.escape(before[-220:])}<mark>{fact[0]}</mark>{html.escape(after[:220])}"
+        shown = f"<p class='text'><i>{len(before):,} characters</i> … {near} … <i>{len(after):,} characters</i></p>"
         cards.append(_card(shown, asked, answer, needle.digit, wide=True))
     return cards
 

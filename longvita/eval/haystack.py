@@ -23,6 +23,7 @@ from longvita.data.schema import Sample
 IMAGE_QUESTION = "Which digit is this?"
 IMAGES_QUESTION = "Which digits are these?"
 VIDEO_QUESTION = "Which digit is in the marked frame?"
+CAPTION_QUESTION = "Describe every frame."
 TEXT_FACT = "Remember the code {name}{digit}."
 TEXT_QUESTION = "Which code starts with {name}?"
 TEXT_ANSWER = "The code is {name}{digit}."
@@ -34,6 +35,7 @@ WORDS = tuple("zero one two three four five six seven eight nine".split())
 MARK_WORD = "marked"
 MARK_RGB = (220, 30, 30)
 MARK_SHARE = 8  # the mark is a border of S / 8 pixels: as wide as one patch of the tiny model, so that it survives video compression
+CAPTION_MARKS = 0.25  # share of marked frames where every frame is described
 HELD_OUT = 0.2
 
 
@@ -199,11 +201,17 @@ def text_needle(
         del told[ask - 1], depths[ask - 1]
     question = turns[0]["content"]
     turns[0]["content"] = f"{' '.join(told)}\n{question}"
-    room = tokens - processor.encode(Sample(turns, placeholders=False)).num_tokens - 2  # facts at the start lose their blank
-    if room < 1:
-        raise ValueError(f"expected at least {tokens - room + 1} tokens for {facts} codes and {ask} questions, got {tokens}")
-    turns[0]["content"] = f"{hay.passage(room, rng, told, depths)}\n{question}"
-    return Needle(Sample(turns, placeholders=False), int(digits[ask - 1]))
+    sample = Sample(turns, placeholders=False)
+    room = tokens - processor.encode(sample).num_tokens
+    seed = int(rng.integers(2**32))
+    excess = 1
+    while excess > 0:  # words and facts side by side may take a token more than alone: then the same passage, a little shorter
+        room -= excess
+        if room < 1:
+            raise ValueError(f"expected at least {tokens - room + 1} tokens for {facts} codes and {ask} questions, got {tokens}")
+        turns[0]["content"] = f"{hay.passage(room, np.random.default_rng(seed), told, depths)}\n{question}"
+        excess = processor.encode(sample).num_tokens - tokens
+    return Needle(sample, int(digits[ask - 1]))
 
 
 def video_frames(processor, tokens: int) -> int:
@@ -235,9 +243,18 @@ def spelled_video(count: int, rng: np.random.Generator) -> Sample:
     """The video question with words for frames: "two nine marked seven two"."""
     digits = rng.integers(10, size=count)
     place = int(rng.integers(count))
-    words = [WORDS[d] for d in digits]
-    words[place] = f"{MARK_WORD} {words[place]}"
-    return _spelled(words, VIDEO_QUESTION, str(digits[place]))
+    return _spelled(caption(digits, np.arange(count) == place), VIDEO_QUESTION, str(digits[place]))
+
+
+def spelled_caption(count: int, rng: np.random.Generator) -> Sample:
+    """A list of frames in words, to be repeated."""
+    words = caption(rng.integers(10, size=count), rng.random(count) < CAPTION_MARKS)
+    return _spelled(words, CAPTION_QUESTION, " ".join(words))
+
+
+def caption(digits: Sequence[int], marked: Sequence[bool]) -> list[str]:
+    """What there is to say of every frame: "seven", or "marked seven"."""
+    return [f"{MARK_WORD} {WORDS[digit]}" if mark else WORDS[digit] for digit, mark in zip(digits, marked, strict=True)]
 
 
 def _spelled(words: list[str], question: str, answer: str) -> Sample:

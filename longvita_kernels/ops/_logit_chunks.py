@@ -25,7 +25,7 @@ def chunk_rows(vocab, rows):
 
 
 def run_native(hidden, weight, rows, labels, softcap, statistics, *, coefficients=None, recompute=False, row_weight=None, smoothing=0.0,
-                z_loss=0.0, needs=(False, False)):  # fmt: skip
+               z_loss=0.0, needs=(False, False)):  # fmt: skip
     """One pass over `rows` (R,) of hidden: fills statistics (5, R), or reads them to recompute → float32 gradients (R, H) and (V, H)."""
     module, vocab = native.load(), weight.shape[0]
     chunk, blocks = chunk_rows(vocab, rows.shape[0]), -(-vocab // module.linear_cross_entropy_block())

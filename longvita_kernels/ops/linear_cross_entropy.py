@@ -102,7 +102,7 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
     loss_weight (T,)              factor of each row's loss; takes no gradient
     softcap, z_loss, label_smoothing   as in the equation of this module; 0 turns each off
     return_stats                  → (loss, LossStats)
-    vocab_start, vocab_group      tensor-parallel head: weight holds rows vocab_start … vocab_start+V−1 of the whole one, labels stay global;
+    vocab_start, vocab_group      tensor-parallel head: weight holds rows vocab_start … vocab_start+V−1 of the whole, labels stay global;
                                   every process of the torch.distributed group makes the call, and gets the whole gradient of hidden
     → loss, float32. Nothing supervised gives 0. Sums are in float32, gradients are rounded once, and a frozen input skips its matmul.
 
@@ -111,8 +111,8 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
     reduction="none" and vocab_group keep no gradients and make the logits twice.
     Raises ValueError for arguments that do not fit and, on the CPU, for a label outside 0 … V−1 that is not ignore_index.
     """
-    _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, label_smoothing, vocab_start, vocab_group)
     hidden, weight = _common.autocast_tensors(hidden, weight)
+    _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, label_smoothing, vocab_start, vocab_group)
     if loss_weight is not None:
         loss_weight = loss_weight.detach().to(_common.compute_dtype(hidden))
     vocab_size = weight.shape[0]
@@ -151,8 +151,7 @@ def _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, labe
     _common.check_shape("weight", weight, (None, hidden.shape[1]), "(V, H)")
     _common.check_shape("labels", labels, (hidden.shape[0],), "(T,)")
     _common.check_float("hidden", hidden)
-    if not torch.is_autocast_enabled(hidden.device.type):
-        _common.check_like("weight", weight, "hidden", hidden)
+    _common.check_like("weight", weight, "hidden", hidden)
     _common.check_last_stride("hidden", hidden)
     _common.check_last_stride("weight", weight)
     _common.check_dtype("labels", labels, (torch.int64,))
@@ -301,7 +300,8 @@ def _rows_grad_impl(grad, hidden, weight, labels, statistics, ignore_index, soft
         grads = _common.reference_gradients(definition, (hidden[rows].to(dtype), weight.to(dtype)), needs, (coefficients,))
     else:
         found = statistics[:, rows].contiguous()
-        grads = _logit_chunks.run_native(hidden, weight, rows, local, softcap, found, coefficients=coefficients, recompute=True, needs=needs)
+        options = {"coefficients": coefficients, "recompute": True, "needs": needs}
+        grads = _logit_chunks.run_native(hidden, weight, rows, local, softcap, found, **options)
     out = _input_grads_fake(hidden, weight, needs)
     if needs[0]:
         out[0].zero_().index_copy_(0, rows, grads[0].to(hidden.dtype))

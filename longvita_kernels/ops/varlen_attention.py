@@ -313,12 +313,12 @@ def _flat_calls(sample):
     yield _varlen_backward, (torch.ones_like(out), None, q, k, v, out, lse, cu_q, cu_k, *settings, [True, False, False])
 
 
-# Rows that see few keys: there the composition's softmax gradient cancels exactly (P = 1 gives P·dP − P·ΣP·dP = 0), while every method that
-# does not keep P subtracts delta, which was summed in another order. torch's own flash SDPA has the same error or a larger one.
-_CANCELLATION = Tolerance(4.0, 2.5, "delta comes from grad_out·out, not from a stored P: no exact cancellation in rows that see few keys")
+# Rows that see few keys: there the composition is exact by luck (one key: P = 1, and P·dP − P·ΣP·dP = 0), while every method that does not
+# keep P recomputes it from lse, rounded to float32, and subtracts a delta summed in another order. torch's flash SDPA errs as much or more.
+_RECOMPUTED = Tolerance(6.0, 2.5, "P comes from lse and delta from grad_out·out, not from a stored P: not exact in rows that see few keys")
 
 SPEC = OpSpec(
     name="varlen_attention", op=varlen_attention, reference=reference, base=base, samples=_samples, outputs=("out", "lse"),
     bytes=_bytes, flops=_flops, flat_calls=_flat_calls,
-    autocast=("q", "k", "v"), tolerances={("grad q", torch.float32): _CANCELLATION, ("grad k", torch.float32): _CANCELLATION},
+    autocast=("q", "k", "v"), tolerances={(f"grad {name}", torch.float32): _RECOMPUTED for name in "qkv"},
 )  # fmt: skip
