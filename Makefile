@@ -41,7 +41,7 @@ demo: $(CORE)
 	$(BIN)/longvita demo --out $(OUT) $(ARGS)
 
 test: $(CORE)
-	$(PYTEST) -m "not slow and not heavy" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(CORE)
 	$(PYTEST) $(ARGS)

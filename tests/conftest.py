@@ -8,11 +8,6 @@ import pytest
 import torch
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "isa: repeats op tests on another instruction set, in a process of its own")
-    config.addinivalue_line("markers", "heavy: part of make test-all only")
-
-
 @pytest.fixture(autouse=True)
 def _same_start():
     """Every test begins with the same random state and thread count and leaves the backend choice as it found it."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from longvita.data.schema import Sample
-from longvita.demo.material import image_path
+from longvita.demo.rows import image_path
 from longvita.eval import haystack
 from longvita.eval.needle import KINDS, needle_grid, score
 from longvita.infer.engine import generate_ids

@@ -8,7 +8,7 @@ from longvita.train.recipes import Recipe, stage1, stage2, stage3, stage4
 
 # What a stage's rows are made of: shares of its tokens.
 ALIGN = {"images": 0.4, "captions": 0.6}
-KNOW = {"images": 0.15, "captions": 0.15, "videos": 0.4, "texts": 0.3}
+KNOW = {"images": 0.1, "captions": 0.1, "videos": 0.25, "texts": 0.2, "mixed": 0.35}
 MIX = {"images": 0.05, "captions": 0.05, "videos": 0.5, "texts": 0.4}
 
 
@@ -69,8 +69,8 @@ def make_plan(name: str, seed: int = 0) -> Plan:
     recipes = (
         stage1(**common[0], lr=3e-3, min_lr=3e-4, muon_lr=0.01),
         stage2(**common[1], lr=2e-3, min_lr=2e-4, muon_lr=0.008, vision_lr_scale=0.3),
-        stage3(**common[2], lr=1e-3, min_lr=2e-4, muon_lr=0.005),
-        stage4(**common[3], lr=1e-3, min_lr=5e-5, muon_lr=0.005),
+        stage3(**{**common[2], "optimizer": "adamw"}, lr=1e-3, min_lr=1e-4),
+        stage4(**{**common[3], "optimizer": "adamw"}, lr=7e-4, min_lr=5e-5),
     )
     shares = (ALIGN, KNOW, MIX, MIX)
     stages = tuple(StagePlan(number=i + 1, recipe=r, shares=s) for i, (r, s) in enumerate(zip(recipes, shares, strict=True)))
@@ -84,7 +84,7 @@ _SIZES = {
     ),
     "default": dict(
         minutes=16, vision_steps=300, list_steps=200, text_steps=300,
-        steps=(60, 200, 100, 90), contexts=(1024, 1024, 4096, 8192), batches=(2, 4, 1, 1), lengths=(1024, 2048, 4096, 8192),
+        steps=(100, 200, 50, 80), contexts=(1024, 1024, 4096, 8192), batches=(2, 4, 2, 1), lengths=(1024, 2048, 4096, 8192),
     ),
     "full": dict(
         minutes=50, vision_steps=600, list_steps=400, text_steps=500,

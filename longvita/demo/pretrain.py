@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longvita.data.processor import collate
 from longvita.data.tiling import normalise
 from longvita.eval.haystack import (
     NAMES,
@@ -43,6 +44,7 @@ Tell = Callable[[str], None]
 IMAGES_PER_STEP = 128
 LIST_TOKENS, LISTS_PER_STEP = 128, 8
 CODE_TOKENS, SPELLED_IMAGES, SPELLED_CAPTIONS, SPELLED_VIDEOS = 2048, 12, 8, 12  # of a step on texts
+JOINED = 16  # conversations in one document, every other step: what stages 3 and 4 make of a row
 
 
 def recipe(steps: int, trainable: tuple[str, ...]):
@@ -171,7 +173,8 @@ def pretrain_text(model: LongVita, processor, hay: TextHay, list_steps: int, tex
         samples += [spelled_images(int(count), rng) for count in rng.choice((1, 1, 2, 3, 4), size=SPELLED_IMAGES)]
         samples += [spelled_caption(int(count), rng) for count in rng.integers(1, 13, size=SPELLED_CAPTIONS)]
         samples += [spelled_video(int(count), rng) for count in rng.integers(1, 64, size=SPELLED_VIDEOS)]
-        return processor(samples, training=True)
+        encoded = [processor.encode(samples[i]) for i in rng.permutation(len(samples))]
+        return collate(encoded[:JOINED] if step % 2 else encoded, reset=step % 2 == 0)
 
     def mean_loss(batch: Batch) -> Tensor:
         total, count = model.loss(batch)

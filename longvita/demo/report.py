@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from longvita.data.schema import Sample
-from longvita.demo.material import image_path
+from longvita.demo.rows import image_path
 from longvita.eval import haystack
 from longvita.eval.needle import KINDS, score
 from longvita.eval.plots import loss_plot, needle_plot

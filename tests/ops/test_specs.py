@@ -270,7 +270,7 @@ def test_portable_instruction_set_is_accurate():
 
 
 @pytest.mark.isa
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "emulated"])
 def test_every_instruction_set(isa):
     """Accuracy, frozen inputs, unused outputs and determinism; where this machine lacks an instruction set its best one is run again."""
