@@ -9,7 +9,7 @@ from longvita.train.recipes import Recipe, stage1, stage2, stage3, stage4
 # What a stage's rows are made of: shares of its tokens.
 ALIGN = {"images": 0.4, "captions": 0.6}
 KNOW = {"images": 0.1, "captions": 0.1, "videos": 0.25, "texts": 0.2, "mixed": 0.35}
-MIX = {"images": 0.05, "captions": 0.05, "videos": 0.5, "texts": 0.4}
+MIX = {"images": 0.05, "videos": 0.55, "texts": 0.4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def make_plan(name: str, seed: int = 0) -> Plan:
         stage1(**common[0], lr=3e-3, min_lr=3e-4, muon_lr=0.01),
         stage2(**common[1], lr=2e-3, min_lr=2e-4, muon_lr=0.008, vision_lr_scale=0.3),
         stage3(**{**common[2], "optimizer": "adamw"}, lr=1e-3, min_lr=1e-4),
-        stage4(**{**common[3], "optimizer": "adamw"}, lr=7e-4, min_lr=5e-5),
+        stage4(**{**common[3], "optimizer": "adamw"}, lr=1e-3, min_lr=5e-5),
     )
     shares = (ALIGN, KNOW, MIX, MIX)
     stages = tuple(StagePlan(number=i + 1, recipe=r, shares=s) for i, (r, s) in enumerate(zip(recipes, shares, strict=True)))
@@ -79,16 +79,16 @@ def make_plan(name: str, seed: int = 0) -> Plan:
 
 _SIZES = {
     "quick": dict(
-        minutes=3, vision_steps=160, list_steps=150, text_steps=150,
-        steps=(40, 80, 40, 40), contexts=(512, 512, 1024, 2048), batches=(2, 4, 2, 1), lengths=(512, 1024, 2048), questions=4, controls=4,
+        minutes=4, vision_steps=160, list_steps=150, text_steps=150,
+        steps=(60, 90, 25, 25), contexts=(512, 512, 1024, 2048), batches=(2, 4, 2, 1), lengths=(512, 1024, 2048), questions=4, controls=4,
     ),
     "default": dict(
         minutes=16, vision_steps=300, list_steps=200, text_steps=300,
-        steps=(100, 200, 50, 80), contexts=(1024, 1024, 4096, 8192), batches=(2, 4, 2, 1), lengths=(1024, 2048, 4096, 8192),
+        steps=(100, 200, 50, 80), contexts=(512, 512, 2048, 8192), batches=(4, 8, 4, 1), lengths=(1024, 2048, 4096, 8192),
     ),
     "full": dict(
-        minutes=50, vision_steps=600, list_steps=400, text_steps=500,
-        steps=(100, 500, 250, 300), contexts=(1024, 1024, 4096, 8192), batches=(2, 4, 2, 1), lengths=(1024, 2048, 4096, 8192), questions=20,
+        minutes=45, vision_steps=500, list_steps=300, text_steps=500,
+        steps=(200, 400, 150, 240), contexts=(512, 512, 2048, 8192), batches=(4, 8, 4, 1), lengths=(1024, 2048, 4096, 8192), questions=20,
         controls=16,
     ),
 }  # fmt: skip

@@ -128,7 +128,7 @@ class Demo:
         rows = os.fspath(self.material / f"{stage.name}.jsonl")
         loader = PackedLoader(
             rows, self.processor, recipe.sequence_length, reset=recipe.reset, seed=self.seed + stage.number, max_frames=recipe.max_frames,
-            on_error="skip",
+            on_error="skip", prefetch=4,
         )  # fmt: skip
         trainer = Trainer(
             model,

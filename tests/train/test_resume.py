@@ -128,7 +128,7 @@ def test_random_states_are_part_of_it(tmp_path):
 
 def test_interrupt_finishes_the_step_and_saves(tmp_path):
     before = signal.getsignal(signal.SIGINT)
-    interrupt = lambda step, row: step == 3 and os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    interrupt = lambda step, row: step == 3 and signal.raise_signal(signal.SIGINT)  # noqa: E731
     with pytest.raises(KeyboardInterrupt, match=r"stopped after step 3 of 9; saved .*step-000003; run the same command again"):
         make_trainer(tmp_path / "cut", steps=9, on_step=interrupt).train()
     assert signal.getsignal(signal.SIGINT) is before
@@ -142,8 +142,8 @@ def test_interrupt_finishes_the_step_and_saves(tmp_path):
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
     def twice(step, row):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt) as caught:
         make_trainer(tmp_path, steps=9, on_step=twice).train()
@@ -151,7 +151,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
 
 
 def test_interrupt_in_the_last_step_is_a_finished_run(tmp_path):
-    summary = make_trainer(tmp_path, steps=2, on_step=lambda step, row: step == 2 and os.kill(os.getpid(), signal.SIGINT)).train()
+    summary = make_trainer(tmp_path, steps=2, on_step=lambda step, row: step == 2 and signal.raise_signal(signal.SIGINT)).train()
     assert summary["steps"] == 2
 
 
