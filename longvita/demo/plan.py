@@ -9,7 +9,7 @@ from longvita.train.recipes import Recipe, stage1, stage2, stage3, stage4
 # What a stage's rows are made of: shares of its tokens.
 ALIGN = {"images": 0.4, "captions": 0.6}
 KNOW = {"images": 0.1, "captions": 0.1, "videos": 0.25, "texts": 0.2, "mixed": 0.35}
-MIX = {"images": 0.05, "videos": 0.55, "texts": 0.4}
+MIX = {"images": 0.12, "videos": 0.4, "texts": 0.48}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ _SIZES = {
     ),
     "default": dict(
         minutes=16, vision_steps=300, list_steps=200, text_steps=300,
-        steps=(100, 200, 50, 80), contexts=(512, 512, 2048, 8192), batches=(4, 8, 4, 1), lengths=(1024, 2048, 4096, 8192),
+        steps=(100, 200, 70, 130), contexts=(512, 512, 2048, 8192), batches=(4, 8, 4, 1), lengths=(1024, 2048, 4096, 8192),
     ),
     "full": dict(
         minutes=45, vision_steps=500, list_steps=300, text_steps=500,

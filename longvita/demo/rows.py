@@ -77,8 +77,9 @@ class RowMaker:
 
     def text(self, longest: int) -> tuple[dict, int]:
         tokens = self._tokens("texts", longest)
-        facts = int(self.rng.integers(1, min(17, max(3, tokens // 64))))
-        needle = haystack.text_needle(self.texts, self.processor, tokens, self.rng, facts=facts, ask=min(facts, 8, max(1, tokens // 96)))
+        facts = int(self.rng.integers(1, min(25, max(3, tokens // 64))))
+        ask = min(facts, 16, max(1, tokens // 96))
+        needle = haystack.text_needle(self.texts, self.processor, tokens, self.rng, facts=facts, ask=ask)
         return {"messages": needle.sample.messages}, tokens
 
     def mixed(self, longest: int) -> tuple[dict, int]:
