@@ -55,9 +55,9 @@ def folder(tmp_path_factory):
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     make_image(folder / "digit.jpg")
     clip(folder / "clip.mp4")
-    for place, name in (("images/held_out", "0007.jpg"), ("videos/stage4", "0000.mp4")):  # where the demo keeps its material
-        (folder / "demo-out" / "material" / place).mkdir(parents=True)
-        shutil.copy(folder / ("digit.jpg" if name.endswith("jpg") else "clip.mp4"), folder / "demo-out" / "material" / place / name)
+    for place, name in (("material/images/held_out", "0007.jpg"), ("examples", "video-50.mp4")):  # where the demo keeps them
+        (folder / "demo-out" / place).mkdir(parents=True)
+        shutil.copy(folder / ("digit.jpg" if name.endswith("jpg") else "clip.mp4"), folder / "demo-out" / place / name)
     (folder / "train.jsonl").write_text(blocks("README.md", "jsonl")[0])
     config = json.loads(blocks("README.md", "json")[0])
     (folder / "full.json").write_text(json.dumps(config))
@@ -154,3 +154,10 @@ def test_ci_runs_the_readmes_test_command():
     script = (ROOT / ".ci" / "run").read_text()
     assert script.startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in script
     assert script.rstrip().splitlines()[-1] == "make test" and "make test" in commands("README.md")
+
+
+def test_the_demo_s_figures_are_filled_in():
+    table = PAGES["README.md"].split("<!-- demo-figures")[1].split("\n\n")[1]
+    rows = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
+    assert len(rows) >= 8 and all(re.search(r"\d", row[2]) for row in rows)
+    assert "–" not in "".join(cell for row in rows for cell in row[1:])

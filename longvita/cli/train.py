@@ -51,6 +51,7 @@ def process_group() -> Iterator[int]:
     distributed.init_process_group()
     try:
         yield distributed.get_rank()
+        distributed.barrier()  # gloo aborts now and then when a peer leaves while its threads still run
     finally:
         distributed.destroy_process_group()
 

@@ -80,7 +80,7 @@ def make_plan(name: str, seed: int = 0) -> Plan:
 _SIZES = {
     "quick": dict(
         minutes=4, vision_steps=160, list_steps=150, text_steps=150,
-        steps=(60, 90, 25, 25), contexts=(512, 512, 1024, 2048), batches=(2, 4, 2, 1), lengths=(512, 1024, 2048), questions=4, controls=4,
+        steps=(60, 90, 25, 25), contexts=(512, 512, 1024, 2048), batches=(2, 4, 2, 1), lengths=(512, 1024, 2048), questions=4, controls=8,
     ),
     "default": dict(
         minutes=16, vision_steps=300, list_steps=200, text_steps=300,

@@ -56,7 +56,7 @@ def assemble(demo, prepared: dict, pretrained: dict, stages: list[dict], measure
             "material": prepared["seconds"], "pretraining": pretrained["seconds"], "training": training, "evaluation": evaluation,
             "total": prepared["seconds"] + pretrained["seconds"] + training + evaluation,
         },
-        "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in stages),
+        "peak_rss_bytes": max(part["peak_rss_bytes"] for part in [prepared, pretrained, *stages, *measured.values()]),
         "machine": machine(),
     }  # fmt: skip
 

@@ -11,7 +11,6 @@ DIR/report.json, loss.png, needle.png, answers.html
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -21,9 +20,10 @@ from longvita.data.loader import PackedLoader
 from longvita.demo import evaluate, material, pretrain, report
 from longvita.demo.plan import Plan, StagePlan
 from longvita.eval import haystack
-from longvita.model.checkpoint_io import WEIGHTS, atomic_write_json, load_weights, newest_valid_checkpoint, read_json, save_weights
+from longvita.model.checkpoint_io import WEIGHTS, atomic_write_json, load_weights, read_json, save_weights
 from longvita.model.loading import find_weights, load
 from longvita.model.long_vita import LongVita
+from longvita.train.metrics import peak_rss_bytes
 from longvita.train.trainer import Trainer
 
 Tell = Callable[[str], None]
@@ -51,7 +51,6 @@ class Demo:
         measured = {name: self._once(name, part) for name, part in evaluate.parts(self).items()}
         result = report.assemble(self, prepared, pretrained, stages, measured)
         result["this_run_seconds"] = time.perf_counter() - started
-        result["peak_rss_bytes"] = max(result["peak_rss_bytes"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         report.write(self, result)
         return result
 
@@ -82,7 +81,7 @@ class Demo:
         path.parent.mkdir(exist_ok=True)
         started = time.perf_counter()
         result = part()
-        result["seconds"] = time.perf_counter() - started
+        result |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
         atomic_write_json(path, result)
         return result
 
@@ -154,11 +153,6 @@ class Demo:
         """(model, processor) as the stage left them; the processor may read any path."""
         return load(self.out / f"stage{stage}")
 
-    def finished(self, stage: int) -> bool:
-        """Whether the stage has a checkpoint of its last step."""
-        found = newest_valid_checkpoint(self.out / f"stage{stage}").path
-        return found is not None and int(found.name.removeprefix("step-")) == self.plan.stages[stage - 1].recipe.steps
-
 
 def announcement(plan: Plan, out: Path, params: int) -> str:
     """What will happen, and how long it takes."""
@@ -167,5 +161,5 @@ def announcement(plan: Plan, out: Path, params: int) -> str:
         f"Long-VITA in small ({plan.name}): {params:,} parameters, four stages at {contexts} tokens, about {plan.minutes:g} minutes on two "
         f"cores.\nIt writes digits as JPEG and MP4 and English text, pre-trains a tiny vision tower and decoder, trains stages 1 to 4, and "
         f"then asks\nquestions about held-out images, videos and texts. Results go to {out}.\n"
-        "Ctrl-C saves; the same command goes on where it stopped."
+        "Ctrl-C: the same command goes on where it stopped (pre-training, a few minutes, begins again if it was not finished)."
     )

@@ -87,7 +87,7 @@ def test_repeating_the_command_trains_and_measures_nothing_again(finished, monke
     monkeypatch.setattr(trainer.Trainer, "_train_step", lambda self: pytest.fail("a finished stage was trained again"))
     monkeypatch.setattr(demo_run.pretrain, "recall_init", lambda *_: pytest.fail("pre-trained again"))
     again = Demo(miniature(), out, progress="quiet", tell=lambda _: None).run()
-    assert {**again, "this_run_seconds": 0, "peak_rss_bytes": 0} == {**report, "this_run_seconds": 0, "peak_rss_bytes": 0}
+    assert {**again, "this_run_seconds": 0} == {**report, "this_run_seconds": 0}
 
 
 def test_an_interrupted_demo_goes_on_to_the_same_result(finished, tmp_path, monkeypatch):
@@ -147,4 +147,4 @@ def test_the_quick_demo_learns(tmp_path):
     assert report["image_accuracy"] >= 0.8
     for kind in ("video", "text"):
         assert report["needle"][kind]["mean"] >= 0.6
-        assert report["needle"][kind]["needle_removed"]["accuracy"] <= 0.35
+        assert report["needle"][kind]["needle_removed"]["accuracy"] <= 0.25

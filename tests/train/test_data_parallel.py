@@ -104,6 +104,7 @@ def main(folder: str, rank: str) -> None:
 
     model.head_weight.register_hook(poison)
     make_trainer(folder / "guard", model=model, rows=ROWS[3:], global_batch=3, steps=2, progress="lines").train()
+    torch.distributed.barrier()  # gloo aborts now and then when a peer leaves while its threads still run
     torch.distributed.destroy_process_group()
 
 
