@@ -203,7 +203,10 @@ class LongVitaConfig:
         return _build(cls, data, "")
 
     def save(self, path: str | os.PathLike) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Writes JSON; a crash leaves the old file or the new one."""
+        from longvita.model.checkpoint_io import atomic_write_json  # brings torch: only where it is needed
+
+        atomic_write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LongVitaConfig":

@@ -10,6 +10,8 @@ warning. The environment variable LONGVITA_BACKEND is a request like `use`. A re
 """
 
 import functools
+import importlib
+import inspect
 import os
 import warnings
 
@@ -91,7 +93,7 @@ def _decide(op, tensor, unsupported):
     elif tensor.dtype not in _NATIVE_DTYPES:
         reason, warn = f"the native kernel takes float32, bfloat16 and float16, not {tensor.dtype}", False
     elif unsupported is not None:
-        reason, warn = unsupported, False
+        reason, warn = unsupported, True
     else:
         reason = _native_lacks(op)
         if reason is None:
@@ -103,17 +105,28 @@ def _decide(op, tensor, unsupported):
 
 
 def choose(op, tensor, unsupported=None):
-    """Backend for one call of `op` whose first tensor is `tensor`. `unsupported` says why the native kernel cannot take this problem."""
+    """Backend for one call of `op` whose first tensor is `tensor`.
+
+    `unsupported` says why the native kernel cannot take this problem: a fixed text without the call's values, as it is warned of once.
+    """
     backend, reason, warn = _decide(op, tensor, unsupported)
     if warn:
         _warn_once(op, reason)
     return backend
 
 
-def explain(op, *args):
-    """One line: which backend a call `op(*args)` would run on, and why. Raises what the call would raise."""
-    tensor = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
+def _unsupported(op, args, kwargs):
+    """What the op's module says in `native_cannot(**arguments)` of a call that its native kernel does not take, or None."""
+    module = importlib.import_module(f"longvita_kernels.ops.{op}")
+    if not hasattr(module, "native_cannot"):
+        return None
+    return module.native_cannot(**inspect.signature(getattr(module, op)).bind_partial(*args, **kwargs).arguments)
+
+
+def explain(op, *args, **kwargs):
+    """One line: which backend a call `op(*args, **kwargs)` would run on, and why. RuntimeError for a request that cannot be met."""
+    tensor = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)), None)
     if tensor is None:
         raise ValueError(f"explain({op!r}, ...) needs the call's tensors to tell device and dtype; got none")
-    backend, reason, _ = _decide(op, tensor, None)
+    backend, reason, _ = _decide(op, tensor, _unsupported(op, args, kwargs))
     return f"{op}: {backend} ({reason})"

@@ -28,16 +28,18 @@ _REMEDY = (
 )
 
 
+def _torchs_runtime_first(paths: list[str]) -> list[str]:
+    """The OpenMP runtimes among mapped files, those in torch/lib or torch.libs first: scikit-learn, say, may have brought its own."""
+    runtimes = [path for path in paths if re.search(r"/lib(g|i)?omp[^/]*\.so", path)]
+    return sorted(runtimes, key=lambda path: ("/torch" not in path, "/libgomp" not in path))
+
+
 def _share_openmp_runtime() -> None:
     """Makes the OpenMP runtime that torch has loaded visible to _native, which names none itself (wheels call that file differently)."""
     with open("/proc/self/maps") as maps:
         paths = [line.split(maxsplit=5)[5].rstrip("\n") for line in maps if "omp" in line]
-    for pattern in (r"/libgomp[^/]*\.so", r"/libi?omp5?[^/]*\.so"):
-        for path in paths:
-            if re.search(pattern, path):
-                ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-                return
-    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)  # a torch built without OpenMP
+    runtimes = _torchs_runtime_first(paths)
+    ctypes.CDLL(runtimes[0] if runtimes else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)  # none mapped: a torch built without OpenMP
 
 
 @functools.cache
@@ -88,13 +90,6 @@ def dtype_code(dtype: torch.dtype) -> int:
     if name not in _DTYPE_CODES:
         raise ValueError(f"expected a dtype among {', '.join(_DTYPE_CODES)}, got {name}; convert the tensor first")
     return _DTYPE_CODES[name]
-
-
-def num_threads() -> int:
-    """Threads for a native call: torch's setting, so that torch.set_num_threads governs both."""
-    import torch
-
-    return torch.get_num_threads()
 
 
 def isa_cap() -> str | None:

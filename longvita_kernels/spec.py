@@ -1,4 +1,4 @@
-"""What an op promises, as data: `OpSpec`. Tests, opcheck, benchmarks and the README's table are generated from it.
+"""What an op promises, as data: `OpSpec`. Tests and opcheck take everything from it; benchmarks will.
 
 Every op module ends with `SPEC = OpSpec(...)`; `all_specs()` finds them.
 """

@@ -44,6 +44,35 @@ print(len({line.split()[-1] for line in open("/proc/self/maps") if re.search(r"/
     assert output(code) == "1"
 
 
+def test_torchs_openmp_runtime_is_preferred_whatever_the_memory_map():
+    others = ["/s/scikit_learn.libs/libgomp-e9.so.1.0.0", "/s/x/libcompress.so"]
+    torchs = ["/s/torch/lib/libgomp.so.1", "/s/torch.libs/libiomp5.so"]
+    for own in torchs:
+        assert native._torchs_runtime_first([*others, own]) == [own, others[0]]
+
+
+@pytest.mark.parametrize("order", ["sklearn.utils._openmp_helpers, torch", "torch, sklearn.utils._openmp_helpers"])
+def test_torchs_openmp_runtime_is_taken_when_another_is_there(order):
+    """scikit-learn's wheel brings its own libgomp; what _native resolves (the global scope) is still what libtorch_cpu calls."""
+    pytest.importorskip("sklearn")
+    code = """
+import ctypes, pathlib
+from longvita_kernels import backends, native, varlen_attention
+torch.set_num_threads(3)
+q, offsets = torch.randn(600, 2, 32), torch.tensor([0, 600], dtype=torch.int32)
+with backends.use("native"):
+    out = varlen_attention(q, q, q, offsets)
+with backends.use("reference"):
+    torch.testing.assert_close(out, varlen_attention(q, q, q, offsets), rtol=1e-4, atol=1e-5)
+seen_by_native, torchs = ctypes.CDLL(None), ctypes.CDLL(pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads"):
+    addresses = {ctypes.cast(getattr(library, name), ctypes.c_void_p).value for library in (seen_by_native, torchs)}
+    assert len(addresses) == 1, name
+print(seen_by_native.omp_get_max_threads())
+"""
+    assert output(f"import {order}{code}") == "3"
+
+
 def test_the_library_names_no_runtime_and_no_build_directory():
     binary = Path(native.load().__file__).read_bytes()
     assert b"libgomp" not in binary and str(ROOT / "csrc").encode() not in binary

@@ -93,7 +93,7 @@ class Chat:
                 answer += piece
         finally:
             print(flush=True)
-            if answer:
+            if answer.strip():  # the schema knows no blank answers
                 self.messages += [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
 
 

@@ -74,7 +74,7 @@ def check(file: str) -> str:
     if Path(file).is_dir():
         stored = read_json(Path(file) / "config.json")
         config, recipe = LongVitaConfig.from_dict(stored.get("model", stored)), stored.get("recipe")
-        model, recipe = f"a model of {config.num_params():,} parameters", recipe and Recipe(**recipe)
+        model, recipe = f"a model of {config.num_params():,} parameters", None if recipe is None else Recipe.from_dict(recipe)
     elif {"recipe", "data", "init"} & set(read_json(file)):
         run_config = RunConfig.load(file)
         recipe, count = run_config.recipe, run_config.model and run_config.model.num_params()
@@ -89,7 +89,7 @@ def facts(data: Mapping[str, Any]) -> Iterator[str]:
     """What follows from a model's numbers: lines for a person to read."""
     from longvita.config import LongVitaConfig
 
-    if "text" not in (model := data.get("model", data)):
+    if not isinstance(model := data.get("model", data), Mapping) or "text" not in model:
         return
     config = LongVitaConfig.from_dict(model)
     parts = ", ".join(f"{name} {count:,}" for name, count in config.params_by_part().items())

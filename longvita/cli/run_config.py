@@ -7,6 +7,7 @@
       "recipe": {"stage": 2, "steps": 500, "sequence_length": 2048, "global_batch": 4},
       "data": [{"path": "train.jsonl", "ratio": 1.0, "num": 5000}],
       "media_root": "media",                            optional: the folder that images and videos must lie in; default: beside each JSONL
+      "processor": {"max_tiles": 12, "max_fps": 1.0, "limits": {"max_seconds": 600}},  optional: default is that of "init", else the usual
       "window": 256,                                    optional: how many samples packing looks ahead
       "on_error": "strict"                              optional: "skip" counts bad rows and media by reason and goes on without them
     }
@@ -20,7 +21,7 @@ import difflib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class RunConfig:
     init: Path | None = None
     tokenizer: Path | None = None
     media_root: Path | None = None
+    processor: Mapping[str, Any] = field(default_factory=dict)
     window: int = 256
     on_error: str = "strict"
 
@@ -64,6 +66,17 @@ class RunConfig:
             raise UsageError(
                 f"run config: on_error must be 'strict' (stop at a bad row) or 'skip' (count it and go on), got {self.on_error!r}"
             )
+
+    def media_folder(self) -> Path:
+        """The directory that images and videos must lie in: as configured, else that of the JSONL files. UsageError when unclear."""
+        if self.media_root is not None:
+            return self.media_root
+        # Links are not followed and ".." is: relative media paths start there too (JsonlSource.media_dir).
+        folders = {os.path.dirname(os.path.abspath(source.path)) for source in self.data}
+        root = os.path.commonpath(folders)
+        if root not in folders:
+            raise UsageError('data: the JSONL files lie in different folders: name the folder of their media with "media_root"')
+        return Path(root)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunConfig:
@@ -83,21 +96,29 @@ class RunConfig:
         if ("model" in data) == ("init" in data):
             given = "both" if "model" in data else "neither"
             raise UsageError(f'run config: give either "model" (a preset or an object) or "init" (a run whose model goes on), got {given}')
-        paths = {key: folder / data[key] for key in ("init", "tokenizer", "media_root") if data.get(key) is not None}
-        for key, path in paths.items():
-            _must_exist(key, path)
-        return cls(
+        paths = {}
+        for key in ("init", "tokenizer", "media_root"):
+            if (path := data.get(key)) is not None:
+                if not isinstance(path, str):
+                    raise UsageError(f"{key}: expected a path as text, got {path!r}")
+                paths[key] = folder / path
+                _must_exist(key, paths[key])
+        config = cls(
             recipe=parse_recipe(data["recipe"]),
             data=parse_sources(data["data"], folder),
             model=parse_model(data["model"]) if "model" in data else None,
             **{key: data[key] for key in ("window", "on_error") if key in data},
+            processor=parse_processor(data.get("processor", {})),
             **paths,
         )
+        config.media_folder()
+        return config
 
 
 def parse_recipe(data: Any) -> recipes.Recipe:
     """A recipe from {"stage": 1 … 4, overrides …}."""
-    if not isinstance(data, Mapping) or data.get("stage") not in recipes.STAGES:
+    # type(), because true is an int and equals 1
+    if not isinstance(data, Mapping) or type(data.get("stage")) is not int or data["stage"] not in recipes.STAGES:
         raise UsageError(f'recipe: expected an object with "stage": one of {", ".join(map(str, recipes.STAGES))}; got {data!r}')
     overrides = {key: value for key, value in data.items() if key != "stage"}
     return recipes.STAGES[data["stage"]](**overrides)
@@ -128,8 +149,29 @@ def parse_sources(data: Any, folder: Path) -> tuple[DataSource, ...]:
     return tuple(sources)
 
 
+def parse_processor(data: Any) -> Mapping[str, Any]:
+    """How media are laid out, where it differs from what the model had before: max_tiles, max_fps, limits (MediaLimits without root)."""
+    from longvita.data.media import MediaLimits
+
+    if not isinstance(data, Mapping) or not isinstance(limits := data.get("limits", {}), Mapping):
+        raise UsageError(f'processor: expected an object such as {{"max_tiles": 12, "limits": {{"max_seconds": 600}}}}, got {data!r}')
+    check_keys(data, ["max_tiles", "max_fps", "limits"], "processor")
+    defaults = {item.name: item.default for item in fields(MediaLimits) if item.name != "root"}
+    check_keys(limits, defaults, "processor.limits")
+    for key, value in limits.items():
+        if isinstance(defaults[key], tuple) and not isinstance(value, list):
+            raise UsageError(f"processor.limits: {key} must be a list of names, got {value!r}")
+    MediaLimits(**limits)
+    tiles, fps = data.get("max_tiles", 1), data.get("max_fps", 1)
+    if type(tiles) is not int or tiles < 1:
+        raise UsageError(f"processor: max_tiles must be a whole number of at least 1, got {tiles!r}")
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf"):
+        raise UsageError(f"processor: max_fps must be a number of frames per second above 0, got {fps!r}")
+    return data
+
+
 def preset(name: str) -> LongVitaConfig:
-    if name not in presets:
+    if not isinstance(name, str) or name not in presets:
         raise UsageError(f"unknown model preset {name!r}{nearest(str(name), presets)}")
     return presets[name]
 

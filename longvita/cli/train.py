@@ -33,21 +33,32 @@ def run(args: argparse.Namespace) -> None:
     from longvita.cli.run_config import RunConfig
 
     config = RunConfig.load(args.config)
-    with process_group() as rank:
-        trainer = build_trainer(config, Path(args.out), device=args.device, quiet=args.quiet)
+    device = local_device(args.device)
+    with process_group(device) as rank:
+        trainer = build_trainer(config, Path(args.out), device=device, quiet=args.quiet)
+        if rank == 0:
+            trainer.loader.processor.save(args.out)  # chat lays media out as training did
         summary = trainer.train()
     if rank == 0:
         report(Path(args.out), summary, quiet=args.quiet)
 
 
+def local_device(device: str | None) -> str | None:
+    """As given; but "cuda" is a GPU of its own for each of the processes that torchrun started on this machine."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
 @contextmanager
-def process_group() -> Iterator[int]:
+def process_group(device: str | None = None) -> Iterator[int]:
     """Joins the other processes when torchrun started us; gives this one's rank."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0
         return
+    import torch
     from torch import distributed
 
+    if device is not None and device.startswith("cuda"):
+        torch.cuda.set_device(device)  # collectives without a tensor, such as barrier, use the current GPU
     distributed.init_process_group()
     try:
         yield distributed.get_rank()
@@ -82,14 +93,18 @@ def build_trainer(config: RunConfig, out: Path, *, device: str | None = None, qu
 
         from longvita.cli.runs import last_stage
 
-        model, _ = longvita.load(last_stage(config.init), device=device, dtype=torch.float32)
+        model, before = longvita.load(last_stage(config.init), device=device, dtype=torch.float32)
         model_config = model.config
+        settings = {"max_tiles": before.max_tiles, "max_fps": before.max_fps, "limits": before.limits}
     else:
+        settings = {"limits": MediaLimits()}
         # The ids of the special tokens are the tokenizer's to say.
         model_config = LongVitaConfig.from_dict({**config.model.to_dict(), "tokens": dataclasses.asdict(tokenizer.token_ids)})
         model = longvita.LongVita(model_config, device=device).init_weights(recipe.seed)
-    root = media_root(config)
-    processor = Processor(model_config, tokenizer, limits=MediaLimits(root=str(root)))
+    settings |= config.processor | {
+        "limits": dataclasses.replace(settings["limits"], **config.processor.get("limits", {}), root=str(config.media_folder()))
+    }
+    processor = Processor(model_config, tokenizer, **settings)
     sources = [
         Source(JsonlSource(source.path, media_dir=config.media_root), ratio=source.ratio, num=source.num, name=str(source.path))
         for source in config.data
@@ -135,13 +150,6 @@ def training_texts(config: RunConfig) -> Iterator[str]:
                         count += len(part.value)
             if count > TOKENIZER_CHARACTERS:
                 return
-
-
-def media_root(config: RunConfig) -> Path:
-    """The directory that images and videos must lie in: as configured, else the one that holds all JSONL files."""
-    if config.media_root is not None:
-        return config.media_root
-    return Path(os.path.commonpath([source.path.resolve().parent for source in config.data]))
 
 
 def draw_losses(run_dir: Path, *, quiet: bool = False) -> None:

@@ -112,8 +112,8 @@ class PackedLoader:
     # ---- resuming ----
 
     def state_dict(self) -> dict:
-        """Where the stream stands, as plain JSON."""
-        return copy.deepcopy({"version": 1, "stream": self._state, "fingerprint": self._fingerprint})
+        """Where the stream stands, as plain JSON; later rows do not change it. Cheap at every step: what is inside is shared, read only."""
+        return {"version": 1, "stream": dict(self._state), "fingerprint": dict(self._fingerprint)}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes back to a saved place. ValueError if sources or settings differ from those of the saving loader."""

@@ -24,8 +24,9 @@ from longvita.config import LongVitaConfig
 from longvita.data import media, tiling
 from longvita.data.media import MediaError, MediaLimits
 from longvita.data.schema import DataError, Part, Turn, as_sample
-from longvita.data.template import IGNORE, ChatTokenizer, Layout
-from longvita.model.batch import Batch
+from longvita.data.template import ChatTokenizer, Layout
+from longvita.model.batch import IGNORE, Batch
+from longvita.model.checkpoint_io import atomic_write_json
 
 if TYPE_CHECKING:
     from longvita.data.video import FileVideo
@@ -185,12 +186,10 @@ class Processor:
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes tokenizer.json and processor.json."""
+        """Writes tokenizer.json and processor.json, each of them wholly or not at all."""
         os.makedirs(directory, exist_ok=True)
         self.tokenizer.save(directory)
-        with open(os.path.join(directory, SETTINGS_FILE), "w", encoding="utf-8") as file:
-            json.dump(self.settings(), file, indent=2)
-            file.write("\n")
+        atomic_write_json(os.path.join(directory, SETTINGS_FILE), self.settings())
 
     @classmethod
     def from_dir(cls, directory: str | os.PathLike, config: LongVitaConfig, *, limits: MediaLimits | None = None) -> "Processor":

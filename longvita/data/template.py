@@ -31,7 +31,6 @@ _FIELDS = {
 }  # fmt: skip
 # How Qwen2.5 cuts text before merging: words with their blank, single digits, punctuation, line ends.
 _PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-IGNORE = -100
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -87,9 +86,12 @@ class ChatTokenizer:
         return cls(tokenizer, add_missing=add_missing)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes `tokenizer.json` to a file, or into a directory."""
+        """Writes `tokenizer.json` to a file, or into a directory; a crash leaves the old file or the new one."""
+        from longvita.model.checkpoint_io import atomic_write_bytes  # brings torch: only where it is needed
+
         path = os.fspath(path)
-        self.tokenizer.save(os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path)
+        file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+        atomic_write_bytes(file, self.tokenizer.to_str(pretty=True).encode())
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "ChatTokenizer":

@@ -25,19 +25,19 @@ class FileVideo:
     def read(self, indices: Sequence[int], tile: int) -> np.ndarray:
         """(F, S, S, 3) uint8: the frames at these ascending indices, padded to squares and resized."""
         out = np.empty((len(indices), tile, tile, 3), dtype=np.uint8)
-        taken = 0
+        taken, last = 0, -1
         with self._open() as container:
-            for index, frame in enumerate(container.decode(container.streams.video[0])):
+            for last, frame in enumerate(container.decode(container.streams.video[0])):
                 check_frame(frame.width, frame.height, self.limits, self.source)
-                repeats = indices.count(index) if index == indices[taken] else 0  # below max_fps a frame stands for several
+                repeats = indices.count(last) if last == indices[taken] else 0  # below max_fps a frame stands for several
                 if repeats:
                     out[taken : taken + repeats] = square(frame.to_ndarray(format="rgb24"), tile)
                     taken += repeats
                 if taken == len(indices):
                     return out
         # Headers may promise a frame or two more than an edit list shows; more than that is a file cut short.
-        if taken == 0 or len(indices) - taken > max(1, len(indices) // 50):
-            message = f"expected {len(indices)} frames of {short(self.source)}, got {taken} before its end; copy the file again"
+        if taken == 0 or indices[-1] - last > max(2, self.num_frames // 50):
+            message = f"expected {indices[-1] + 1} frames of {short(self.source)}, got {last + 1} before its end; copy the file again"
             raise MediaError("truncated", message)
         out[taken:] = out[taken - 1]
         return out

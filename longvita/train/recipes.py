@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 
 PARTS = ("vision", "projector", "text")
 # Fields that may change between a checkpoint and its resumption, because no trained value depends on them.
@@ -97,11 +98,22 @@ class Recipe:
         """JSON-ready dictionary of every field (tuples become lists)."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
+    @classmethod
+    def from_dict(cls, data: Mapping) -> Recipe:
+        """The inverse of `to_dict`. ValueError for an unknown or a missing key, or a value that makes no recipe."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"recipe: expected an object with keys; got {data!r}")
+        _known_fields("recipe", data)
+        needed = [field.name for field in fields(cls) if field.default is MISSING]
+        if missing := [name for name in needed if name not in data]:
+            raise ValueError(f"recipe: expected the keys {_listed(needed)}; missing: {_listed(missing)}")
+        return cls(**data)
+
 
 def _parts(name: str, value) -> tuple[str, ...]:
     """Puts model parts into canonical order, so that equal recipes compare and hash equal."""
-    given = {value} if isinstance(value, str) else set(value)
-    if unknown := given - set(PARTS):
+    given = [value] if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset) else value
+    if unknown := [part for part in given if part not in PARTS]:
         raise ValueError(f"Recipe.{name}: expected parts out of {_listed(PARTS)}; got {', '.join(sorted(map(str, unknown)))}")
     return tuple(part for part in PARTS if part in given)
 
@@ -120,6 +132,7 @@ def _check(recipe: Recipe) -> None:
     def number(value) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
+    expect(isinstance(recipe.name, str), "name", "a text")
     for name, allowed in _CHOICES.items():
         expect(getattr(recipe, name) in allowed, name, f"one of {_listed(allowed)}")
     for name in (*_COUNTS, "tensor_parallel", "context_parallel", "keep_checkpoints", "seed"):
@@ -141,13 +154,17 @@ def _listed(options) -> str:
     return ", ".join(map(str, options))
 
 
-def _derive(published: dict, overrides: dict) -> Recipe:
+def _known_fields(where: str, keys: Iterable[str]) -> None:
     known = [field.name for field in fields(Recipe)]
-    for key in overrides:
+    for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-            raise ValueError(f"{published['name']}: unknown recipe field {key!r}{hint}")
+            raise ValueError(f"{where}: unknown recipe field {key!r}{hint}")
+
+
+def _derive(published: dict, overrides: dict) -> Recipe:
+    _known_fields(published["name"], overrides)
     return Recipe(**{**published, **overrides})
 
 

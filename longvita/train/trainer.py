@@ -36,6 +36,13 @@ class NonFiniteError(RuntimeError):
     """Loss or gradients stayed infinite or NaN for too many steps in a row. The weights are those of the last good step."""
 
 
+class _DataFailed(Exception):
+    """The loader raised on this rank or another; `error` is what goes to the caller."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+
 class Trainer:
     """One training stage in one run directory.
 
@@ -73,6 +80,7 @@ class Trainer:
         self.run_config = self._describe(data)
         self._notes = [self._rounding] if self._rounding else []
         self._restore()
+        self._position = loader.state_dict()  # as of the last whole step
         self._stream = self._packed_rows()
 
     # ---- the run ----
@@ -81,7 +89,7 @@ class Trainer:
         """Trains to the recipe's last step and returns the run's totals (see metrics.summarize), over interruptions too.
 
         Ctrl-C finishes the step, saves and raises KeyboardInterrupt saying so; a second one stops at once. RuntimeError when a checkpoint
-        cannot be saved or the loss stays non-finite.
+        cannot be saved or the loss stays non-finite. An error of the loader arrives as it is, after the last whole step was saved.
         """
         recipe, main = self.recipe, parallel.rank() == 0
         with ExitStack() as stack:
@@ -100,7 +108,11 @@ class Trainer:
             stopped = stack.enter_context(_interrupt_flag())
             self.model.train()
             while self.step < recipe.steps:
-                row, problem = self._train_step()
+                try:
+                    row, problem = self._train_step()
+                except _DataFailed as failed:
+                    self._save_after(failed.error, log, progress)
+                    raise failed.error from failed.error.__cause__
                 if log:
                     log.write(row)
                 progress.update(row)
@@ -129,6 +141,7 @@ class Trainer:
         loss, norm, supervised, tokens, problem = self._gradients()
         self.step += 1
         self.tokens += tokens
+        self._position = self.loader.state_dict()
         if supervised and problem is None:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -177,11 +190,17 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in parameters]
         torch._foreach_zero_(grads)
-        loss, weight, supervised, tokens = self._accumulate()
+        failure = None
+        try:
+            loss, weight, supervised, tokens = self._accumulate()
+        except _DataFailed as failed:  # told to the other ranks, which else would wait for this one's numbers
+            failure, loss, weight, supervised, tokens = failed.error, 0.0, 0.0, 0, 0
         norm = optim.gradient_norm(parameters).item()
         # looked for before ranks are summed: afterwards the culprit is lost
         problem = None if math.isfinite(loss) and math.isfinite(norm) else f"rank {parallel.rank()}: {self._culprit(loss)}"
-        sums = parallel.sum_numbers([loss, weight, supervised, tokens, float(problem is not None)], self.device)
+        sums = parallel.sum_numbers([loss, weight, supervised, tokens, float(problem is not None), float(failure is not None)], self.device)
+        if sums[5]:
+            self._drop_step(failure)
         loss, weight, supervised, tokens = sums[0], sums[1], round(sums[2]), round(sums[3])
         if sums[4]:
             return loss, math.nan, supervised, tokens, next(text for text in parallel.gather(problem) if text)
@@ -204,7 +223,11 @@ class Trainer:
         loss = weight = 0.0
         supervised = tokens = 0
         for _ in range(self.rows):
-            batch = next(self._stream).to(self.device)
+            try:
+                batch = next(self._stream)
+            except Exception as error:
+                raise _DataFailed(error) from None
+            batch = batch.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
                 loss_sum, count = self.model.loss(batch)
             tokens += batch.num_tokens
@@ -217,6 +240,15 @@ class Trainer:
             loss += loss_sum.item()
             weight += count
         return loss, weight, supervised, tokens
+
+    def _drop_step(self, failure: Exception | None) -> None:
+        """Forgets what this step accumulated and raises _DataFailed on every rank, with this rank's own error if it has one."""
+        for parameter in self.trained.values():
+            parameter.grad = None
+        causes = parallel.gather(None if failure is None else str(failure))
+        if failure is None:
+            failure = ValueError(next(f"rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause is not None))
+        raise _DataFailed(failure)
 
     def _culprit(self, loss: float) -> str:
         what = "gradient" if math.isfinite(loss) else "loss"
@@ -264,13 +296,26 @@ class Trainer:
             self.tokenizer.save(unfinished)
             unfinished.replace(self.run_dir / "tokenizer.json")
 
+    def _save_after(self, error: Exception, log: MetricsLog | None, progress: Progress) -> None:
+        """Keeps the steps before an error of the data, and says so."""
+        if self.step == 0:
+            return  # nothing to lose
+        try:
+            saved = self._save(log)
+            note = f"the data failed after step {self.step} of {self.recipe.steps}; saved {saved}; repair it and run the same command again"
+        except checkpoint.SaveError as problem:
+            note = str(problem)
+        error.add_note(note)
+        if parallel.rank() == 0:
+            progress.warn(note)
+
     def _save(self, log: MetricsLog | None) -> Path:
         if log:
             log.sync()
         state = {
             "step": self.step,
             "tokens": self.tokens,
-            "data": self.loader.state_dict(),
+            "data": self._position,
             "config_hash": checkpoint.config_hash(self.run_config),
             "config": self.run_config,
         }

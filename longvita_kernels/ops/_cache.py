@@ -101,9 +101,9 @@ def quantise(x, dtype):
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
 
 
-def native_cannot(k_cache):
-    """Why the native kernels cannot take this cache, or None."""
-    return "the native kernels take no float64 cache" if k_cache.dtype == torch.float64 else None
+def native_cannot(*, k_cache=None, **_):
+    """Why the native kernels cannot take a call with these arguments, or None."""
+    return "the native kernels take no float64 cache" if k_cache is not None and k_cache.dtype == torch.float64 else None
 
 
 def native_arguments(k_cache, v_cache, block_table, k_scale, v_scale):

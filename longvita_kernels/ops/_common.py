@@ -4,6 +4,7 @@ A flat op is defined once with `define_op`. Its implementation is called by torc
 autograd and autocast; `register_autograd` connects it to a backward that is a flat op of its own.
 """
 
+import math
 import os
 
 import torch
@@ -184,6 +185,16 @@ def check_cu_seqlens(name, cu_seqlens, device):
         raise ValueError(f"{name} has dtype {cu_seqlens.dtype}; expected int32. Remedy: {name}.to(torch.int32)")
     if cu_seqlens.device != device:
         raise ValueError(f"{name} is on {cu_seqlens.device}; expected {device}, where the tokens are")
+
+
+def check_attention_options(window_size, softcap, softmax_scale):
+    """(left, right) of at least −1; a finite softcap of at least 0; a finite scale, or None."""
+    if len(window_size) != 2 or any(not isinstance(w, int) or w < -1 for w in window_size):
+        raise ValueError(f"window_size is {window_size!r}; expected (left, right), two ints of at least -1, where -1 means no limit")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; expected a finite number above 0, or 0 for none")
+    if softmax_scale is not None and not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale is {softmax_scale}; expected a finite number, or None for 1 / sqrt(D)")
 
 
 def checks_values(tensor):

@@ -62,9 +62,12 @@ def write_reference(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_t
 # ------------------------------------------------------------------------------------------------------------------------------- flat op
 
 
+native_cannot = _cache.native_cannot
+
+
 def _append_impl(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale):
     _cache.check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, k.shape[0], appended=True)
-    if backends.choose("append_kv", k, _cache.native_cannot(k_cache)) == "reference":
+    if backends.choose("append_kv", k, native_cannot(k_cache=k_cache)) == "reference":
         with torch.no_grad():
             write_reference(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
         return

@@ -101,6 +101,7 @@ def decode_attention(
     _cache.check_cache(("q", q), k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
     if q.shape[1] == 0 or k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
         raise ValueError(f"q has {q.shape[1]} heads, k_cache {k_cache.shape[2]}; expected a multiple (grouped-query attention)")
+    _common.check_attention_options(window_size, softcap, softmax_scale)
     left, right = window_size
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     out, lse = _decode(
@@ -112,9 +113,12 @@ def decode_attention(
 # ------------------------------------------------------------------------------------------------------------------------------- flat op
 
 
+native_cannot = _cache.native_cannot
+
+
 def _decode_impl(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale, causal, left, right, softcap, scale):
     _cache.check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, q.shape[0], appended=False)
-    if backends.choose("decode_attention", q, _cache.native_cannot(k_cache)) == "reference":
+    if backends.choose("decode_attention", q, native_cannot(k_cache=k_cache)) == "reference":
         return _common.run_reference(
             reference, q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table=block_table, causal=causal, window_size=(left, right),
             softcap=softcap, k_scale=k_scale, v_scale=v_scale, softmax_scale=scale, return_lse=True,

@@ -13,6 +13,7 @@ Sources: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Mode
 (arXiv 2410.10989), for gradients in the forward pass; Chowdhery et al. 2022 (PaLM) for z_loss.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -164,9 +165,9 @@ def _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, labe
         _common.check_shape("loss_weight", loss_weight, (hidden.shape[0],), "(T,)")
         _common.check_float("loss_weight", loss_weight)
         _common.check_device("loss_weight", loss_weight, "hidden", hidden)
-    if softcap < 0.0 or z_loss < 0.0 or not 0.0 <= label_smoothing < 1.0:
+    if not 0.0 <= softcap < math.inf or not 0.0 <= z_loss < math.inf or not 0.0 <= label_smoothing < 1.0:
         raise ValueError(
-            f"softcap is {softcap}, z_loss {z_loss}, label_smoothing {label_smoothing}; expected softcap ≥ 0, z_loss ≥ 0 and "
+            f"softcap is {softcap}, z_loss {z_loss}, label_smoothing {label_smoothing}; expected softcap ≥ 0, z_loss ≥ 0, both finite, and "
             "0 ≤ label_smoothing < 1, where 0 turns each off"
         )
     if vocab_group is None and vocab_start != 0:

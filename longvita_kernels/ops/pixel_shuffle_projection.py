@@ -93,11 +93,13 @@ def _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token):
 _MAX_CHANNELS = 16384  # one token of 4C floats has to fit into the scratch of the native matrix product
 
 
+def native_cannot(*, x=None, **_):
+    """Why the native kernel cannot take a call with these arguments, or None."""
+    return None if x is None or 0 < x.shape[2] <= _MAX_CHANNELS else f"the native kernel takes 1 to {_MAX_CHANNELS} channels only"
+
+
 def _backend(x):
-    unsupported = None
-    if not 0 < x.shape[2] <= _MAX_CHANNELS:
-        unsupported = f"the native kernel takes 1 to {_MAX_CHANNELS} channels, not {x.shape[2]}"
-    return backends.choose("pixel_shuffle_projection", x, unsupported)
+    return backends.choose("pixel_shuffle_projection", x, native_cannot(x=x))
 
 
 def _sizes(x, w1, w2, grid):

@@ -132,12 +132,7 @@ def _check(q, k, v, cu_q, cu_k, window_size, softcap, softmax_scale):
     _common.check_cu_seqlens("cu_seqlens_k", cu_k, q.device)
     if cu_q.shape != cu_k.shape:
         raise ValueError(f"cu_seqlens_q has {len(cu_q)} entries but cu_seqlens_k has {len(cu_k)}; both describe the same documents")
-    if len(window_size) != 2 or any(not isinstance(w, int) or w < -1 for w in window_size):
-        raise ValueError(f"window_size is {window_size!r}; expected (left, right), two ints of at least -1, where -1 means no limit")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}; expected a finite number above 0, or 0 for none")
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale is {softmax_scale}; expected a finite number, or None for 1 / sqrt(D)")
+    _common.check_attention_options(window_size, softcap, softmax_scale)
 
 
 def _check_values(q, k, cu_q, cu_k, max_q, max_k):
@@ -157,13 +152,14 @@ def _as_reference(q, k, v, cu_q, cu_k, scale, left, right, softcap):
     return reference(q, k, v, cu_q, cu_k, causal=False, softmax_scale=scale, window_size=(left, right), softcap=softcap, return_lse=True)
 
 
-def _unsupported(scale):
-    return None if scale > 0 else f"the native kernel takes a positive softmax_scale, not {scale}"
+def native_cannot(*, softmax_scale=None, **_):
+    """Why the native kernel cannot take a call with these arguments, or None."""
+    return None if softmax_scale is None or softmax_scale > 0 else "the native kernel takes a positive softmax_scale only"
 
 
 def _forward_impl(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic):
     _check_values(q, k, cu_q, cu_k, max_q, max_k)
-    if backends.choose("varlen_attention", q, _unsupported(scale)) == "reference":
+    if backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale)) == "reference":
         return _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
     out, lse = _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
     threads, kernels = torch.get_num_threads(), native.load()
@@ -186,7 +182,7 @@ def _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap
 
 
 def _backward_impl(grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, needs):
-    if backends.choose("varlen_attention", q, _unsupported(scale)) == "reference":
+    if backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale)) == "reference":
 
         def definition(q, k, v):
             return _as_reference(q, k, v, cu_q, cu_k, scale, left, right, softcap)

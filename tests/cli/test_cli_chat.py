@@ -60,6 +60,21 @@ def test_the_conversation_is_remembered(longvita, tiny_run, monkeypatch):
     assert seen[1][2]["content"] == [{"type": "text", "text": "soso"}]
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+def test_a_blank_answer_does_not_lock_the_conversation(longvita, tiny_run, monkeypatch, blank):
+    import longvita as package
+
+    seen = []
+
+    def generate(model, processor, messages, **options):
+        seen.append([message["role"] for message in messages])
+        return iter([blank])
+
+    monkeypatch.setattr(package, "generate", generate, raising=False)
+    assert longvita("chat", "--run", tiny_run, stdin="One?\nTwo?\n").code == 0
+    assert seen == [["user"], ["user"]]
+
+
 def test_a_mistake_in_a_conversation_costs_one_message(longvita, tiny_run, media):
     (media / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     lines = "/image nowhere.png\n/paint\n/image\n/image broken.png\nWhat?\nHello\n"

@@ -87,6 +87,22 @@ def test_a_run_config_is_read_completely(run_json, tmp_path):
         ({"recipe": None}, "the key 'recipe' is missing"),
         ({"recipe": {"stage": 7}}, '"stage": one of 1, 2, 3, 4'),
         ({"recipe": {"stage": 1, "step": 5}}, r"unknown recipe field 'step'; did you mean 'steps'\?"),
+        ({"recipe": {"stage": []}}, '"stage": one of 1, 2, 3, 4'),
+        ({"recipe": {"stage": True}}, '"stage": one of 1, 2, 3, 4'),
+        ({"recipe": {"stage": 1, "trainable": 5}}, "Recipe.trainable: expected parts out of vision, projector, text; got 5"),
+        ({"recipe": {"stage": 1, "trainable": [[]]}}, "Recipe.trainable: expected parts"),
+        ({"recipe": {"stage": 1, "name": 5}}, "Recipe.name: expected a text; got 5"),
+        ({"model": {"preset": []}}, r"unknown model preset \[\]\. Known: tiny"),
+        ({"model": None, "init": 5}, "init: expected a path as text, got 5"),
+        ({"media_root": ["."]}, "media_root: expected a path as text"),
+        ({"processor": 5}, "processor: expected an object such as"),
+        ({"processor": {"max_tile": 4}}, r"unknown key 'max_tile'; did you mean 'max_tiles'\?"),
+        ({"processor": {"max_tiles": 0}}, "max_tiles must be a whole number of at least 1, got 0"),
+        ({"processor": {"max_fps": "2"}}, "max_fps must be a number of frames per second above 0, got '2'"),
+        ({"processor": {"limits": {"root": "/"}}}, "processor.limits: unknown key 'root'"),
+        ({"processor": {"limits": {"max_second": 5}}}, r"did you mean 'max_seconds'\?"),
+        ({"processor": {"limits": {"max_seconds": -1}}}, "max_seconds must be a positive number, got -1"),
+        ({"processor": {"limits": {"image_formats": 5}}}, "image_formats must be a list of names, got 5"),
         ({"data": []}, "expected a list"),
         ({"data": [{"path": "nowhere.jsonl"}]}, "nowhere.jsonl does not exist; relative paths start at the config file's folder"),
         ({"data": [{"path": "train.jsonl", "raito": 1}]}, r"unknown key 'raito'; did you mean 'ratio'\?"),
@@ -124,6 +140,39 @@ def test_check_a_model_file_and_a_run_directory(longvita, tmp_path, tiny_run):
     (tmp_path / "model.json").write_text('{"txt": {}}')
     result = longvita("config", "check", tmp_path / "model.json")
     assert result.code == 2 and "did you mean 'text'?" in result.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stepz": 3}, "unknown recipe field 'stepz'; did you mean 'steps'?"),
+        ({"steps": None}, "missing: steps"),
+        (5, "recipe: expected an object with keys; got 5"),
+    ],
+)
+def test_check_a_run_directory_with_a_wrong_recipe(longvita, tmp_path, change, message):
+    recipe = package.train.recipes.stage1().to_dict()
+    recipe = {key: value for key, value in {**recipe, **change}.items() if value is not None} if isinstance(change, dict) else change
+    (tmp_path / "config.json").write_text(json.dumps({"model": package.presets["tiny"].to_dict(), "recipe": recipe}))
+    result = longvita("config", "check", tmp_path)
+    assert result.code == 2 and message in result.err
+
+
+def test_show_a_file_whose_model_is_no_object(longvita, tmp_path):
+    (tmp_path / "x.json").write_text('{"model": 5}')
+    assert longvita("config", "show", tmp_path / "x.json").code == 0
+
+
+def test_the_media_folder_holds_all_jsonl_files_and_never_widens(run_json, tmp_path):
+    for name in ("a", "b", "a/deep"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_text("{}\n")
+    (tmp_path / "a" / "link.jsonl").symlink_to(tmp_path / "b" / "x.jsonl")
+    assert RunConfig.load(run_json(data=["a/x.jsonl", "a/deep/x.jsonl"])).media_folder() == tmp_path / "a"
+    assert RunConfig.load(run_json(data=["b/../a/x.jsonl", "a/link.jsonl"])).media_folder() == tmp_path / "a"
+    assert RunConfig.load(run_json(data=["a/x.jsonl", "b/x.jsonl"], media_root=".")).media_folder() == tmp_path
+    with pytest.raises(UsageError, match='the JSONL files lie in different folders: name the folder of their media with "media_root"'):
+        RunConfig.load(run_json(data=["a/x.jsonl", "b/x.jsonl"]))
 
 
 def test_a_whole_model_without_a_preset():

@@ -55,6 +55,28 @@ def test_train_resume_chat_and_go_on(longvita, project, tmp_path):
     assert longvita("config", "check", tmp_path / "runs" / "two").out.startswith(f"{tmp_path / 'runs' / 'two'}: ok: ")
 
 
+def test_the_processor_is_kept_and_handed_on(longvita, project, tmp_path):
+    def settings(name, **changes):
+        result = longvita("train", project(recipe={**RECIPE, "steps": 1}, **changes), "--out", tmp_path / name, "--quiet")
+        assert result.code == 0, result.err
+        return json.loads((tmp_path / name / "processor.json").read_text())
+
+    one = settings("one", processor={"max_tiles": 2, "limits": {"max_seconds": 60, "image_formats": ["PNG"]}})
+    assert (one["max_tiles"], one["max_fps"], one["limits"]["max_seconds"], one["limits"]["image_formats"]) == (2, 1.0, 60, ["PNG"])
+    assert "root" not in one["limits"]
+    two = settings("two", model=None, init="one", processor={"max_fps": 2, "limits": {"max_seconds": 30}})
+    assert two == {**one, "max_fps": 2.0, "limits": {**one["limits"], "max_seconds": 30}}
+
+
+def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch):
+    from longvita.cli.train import local_device
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert local_device("cuda") == "cuda" and local_device(None) is None
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [local_device(name) for name in ("cuda", "cuda:1", "cpu", None)] == ["cuda:3", "cuda:1", "cpu", None]
+
+
 def test_a_bad_row_stops_with_file_and_line_or_is_counted(longvita, project, tmp_path):
     with open(tmp_path / "train.jsonl", "a") as file:
         file.write('{"messages": [}\n')

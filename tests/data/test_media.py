@@ -354,8 +354,16 @@ def test_a_frame_or_two_less_than_promised_is_no_error(tmp_path):
     video = open_video(make_video(tmp_path / "x.mp4", frames=12, fps=1, size=(16, 16)), LIMITS)
     levels = video.read([10, 11, 12], 16).mean(axis=(1, 2, 3))  # as if the header had said 13
     assert np.abs(levels - [200, 220, 220]).max() <= 8
-    with pytest.raises(MediaError, match="expected 4 frames of .*, got 2 before its end"):
-        video.read([10, 11, 12, 13], 16)
+    with pytest.raises(MediaError, match="expected 15 frames of .*, got 12 before its end"):
+        video.read([10, 11, 12, 14], 16)
+
+
+def test_one_wanted_frame_far_behind_the_end_is_a_cut_file(tmp_path):
+    video = open_video(make_video(tmp_path / "x.mp4", frames=12, fps=1, size=(16, 16)), LIMITS)
+    video.num_frames = 1001  # as if the header had said so
+    with pytest.raises(MediaError, match="expected 1001 frames of .*, got 12 before its end") as caught:
+        video.read([0, 1000], 16)
+    assert caught.value.reason == "truncated"
 
 
 def test_endless_videos_are_refused_by_their_length(tmp_path):

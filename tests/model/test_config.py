@@ -133,3 +133,16 @@ def test_unknown_attribute():
 
     with pytest.raises(AttributeError, match="no attribute 'lod'; it has .*load"):
         longvita.lod  # noqa: B018
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    presets["tiny"].save(path)
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("longvita.model.checkpoint_io.os.fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        presets["1b"].save(path)
+    assert LongVitaConfig.load(path) == presets["tiny"] and [item.name for item in tmp_path.iterdir()] == ["config.json"]

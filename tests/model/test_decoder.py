@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
 from longvita import Batch, LongVita, presets
 from longvita.model.attention import PackedAttention, apply_rope, rope_tables
@@ -27,7 +28,6 @@ def documents(*lengths):
 
 @pytest.fixture(scope="module")
 def qwen():
-    transformers = pytest.importorskip("transformers")
     text = TINY.text
     config = transformers.Qwen2Config(
         vocab_size=text.vocab_size,

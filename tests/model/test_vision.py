@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from longvita import LongVita, presets
 from longvita.model.vision import VisionModel
@@ -38,7 +39,6 @@ def to_internvl(name, tensor):
 
 @pytest.fixture(scope="module")
 def internvl(tower):
-    transformers = pytest.importorskip("transformers")
     config = transformers.InternVLVisionConfig(
         hidden_size=VISION.hidden_size, intermediate_size=VISION.intermediate_size, num_hidden_layers=VISION.num_layers,
         num_attention_heads=VISION.num_heads, image_size=VISION.image_size, patch_size=VISION.patch_size, attention_bias=True,

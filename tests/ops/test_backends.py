@@ -92,6 +92,23 @@ def test_a_missing_library_gives_the_reference_and_one_warning(without_native):
     assert "reference (the native library is missing" in backends.explain("merge_attention", out)
 
 
+def test_a_call_the_native_kernel_cannot_take_warns_once_and_is_explained():
+    backends._warn_once.cache_clear()
+    q, offsets = torch.randn(4, 1, 32), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.warns(RuntimeWarning, match="runs varlen_attention on the plain torch reference: .*positive softmax_scale") as warned:
+        for scale in (-0.5, 0.0, -0.25):  # another value is not another warning
+            longvita_kernels.varlen_attention(q, q, q, offsets, softmax_scale=scale)
+    assert len(warned) == 1
+    reason = "varlen_attention: reference (the native kernel takes a positive softmax_scale only)"
+    assert backends.explain("varlen_attention", q, q, q, offsets, softmax_scale=-0.5) == reason
+    assert backends.explain("varlen_attention", q, q, q, offsets).startswith("varlen_attention: native")
+    wide = backends.explain("pixel_shuffle_projection", torch.empty(1, 4, 16385))
+    assert wide == "pixel_shuffle_projection: reference (the native kernel takes 1 to 16384 channels only)"
+    cache = torch.zeros(1, 4, 1, 32, dtype=torch.float64)
+    for op in ("decode_attention", "append_kv"):
+        assert "no float64 cache" in backends.explain(op, q, k_cache=cache)
+
+
 def test_explain_needs_a_tensor():
     with pytest.raises(ValueError, match="needs the call's tensors"):
         backends.explain("merge_attention", 3)

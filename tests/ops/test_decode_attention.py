@@ -154,6 +154,11 @@ def _call(**change):
         ({"cu_seqlens_q": torch.tensor([0, 2, 3])}, r"cu_seqlens_q has dtype torch.int64; expected int32"),
         ({"block_table": torch.tensor([[0], [-1]], dtype=torch.int32)}, r"block_table: sequence 1 uses block -1; expected 0 to 1"),
         ({"k_cache": torch.zeros(2, 4, 2, 32, dtype=torch.int32)}, r"k_cache has dtype int32; expected one of"),
+        ({"window_size": (-5, -1)}, r"window_size is \(-5, -1\); expected \(left, right\), two ints of at least -1"),
+        ({"window_size": (5,)}, r"window_size is \(5,\); expected \(left, right\)"),
+        ({"softcap": -1}, r"softcap is -1; expected a finite number above 0, or 0"),
+        ({"softcap": float("nan")}, r"softcap is nan; expected a finite number"),
+        ({"softmax_scale": float("nan")}, r"softmax_scale is nan; expected a finite number"),
     ],
 )
 def test_wrong_arguments_are_explained(change, message):

@@ -190,8 +190,9 @@ def test_errors_teach():
         linear_cross_entropy(hidden, weight, labels, reduction="avg")
     with pytest.raises(ValueError, match="weight has 0 rows"):
         linear_cross_entropy(hidden, weight[:0], labels)
-    with pytest.raises(ValueError, match="expected softcap ≥ 0"):
-        linear_cross_entropy(hidden, weight, labels, softcap=-1.0)
+    for wrong in ({"softcap": -1.0}, {"softcap": float("nan")}, {"softcap": float("inf")}, {"z_loss": float("nan")}):
+        with pytest.raises(ValueError, match="expected softcap ≥ 0"):
+            linear_cross_entropy(hidden, weight, labels, **wrong)
     with pytest.raises(ValueError, match="vocab_start is 4 without vocab_group"):
         linear_cross_entropy(hidden, weight, labels, vocab_start=4)
     with pytest.raises(ValueError, match=r"loss_weight has shape \(3,\)"):

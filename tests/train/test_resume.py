@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from longvita.data.schema import DataError
 from longvita.model import checkpoint_io
 from longvita.model.checkpoint_io import newest_valid_checkpoint
 from longvita.train import checkpoint
 from longvita.train.checkpoint import SaveError
 from longvita.train.metrics import read_metrics
-from tests.train.support import assert_same_bits, make_model, make_trainer, weights
+from tests.train.support import Rows, assert_same_bits, make_model, make_row, make_trainer, weights
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("tokens_per_second", "peak_rss_bytes", "seconds")
@@ -153,6 +154,54 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
 def test_interrupt_in_the_last_step_is_a_finished_run(tmp_path):
     summary = make_trainer(tmp_path, steps=2, on_step=lambda step, row: step == 2 and signal.raise_signal(signal.SIGINT)).train()
     assert summary["steps"] == 2
+
+
+# ---- data that cannot be read ----
+
+
+class BrokenRows(Rows):
+    """Raises where `bad`, counted from 0, would have come."""
+
+    bad = 7
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if self.position - 1 == self.bad:
+                raise DataError("bad_json", "expected a JSON object", "rows.jsonl:8")
+            yield batch
+
+
+@pytest.mark.parametrize("bad", [6, 7])  # the first row of step 4, and the second, when half of the step is done
+def test_an_error_of_the_data_loses_no_step(tmp_path, capsys, bad):
+    rows = [make_row(seed) for seed in range(12)]
+    whole = make_trainer(tmp_path / "whole", rows=rows, steps=6)
+    whole.train()
+    cut = make_trainer(tmp_path / "cut", rows=rows, steps=6)
+    cut.loader = BrokenRows(rows)
+    cut.loader.bad = bad
+    with pytest.raises(DataError, match="^rows.jsonl:8: expected a JSON object\n") as caught:  # the note follows
+        cut.train()
+    assert caught.value.reason == "bad_json" and str(caught.value) == "rows.jsonl:8: expected a JSON object"
+    [note] = caught.value.__notes__
+    assert "after step 3 of 6; saved" in note and "step-000003" in note and note in capsys.readouterr().err
+    assert all(parameter.grad is None for parameter in cut.trained.values())
+    path = newest_valid_checkpoint(tmp_path / "cut").path
+    assert path.name == "step-000003" and checkpoint_io.read_json(path / "state.json")["data"] == {"position": 6}
+    resumed = make_trainer(tmp_path / "cut", rows=rows, model=make_model(9), steps=6)
+    assert resumed.step == 3
+    resumed.train()
+    assert_same_bits(weights(whole.model), weights(resumed.model))
+    assert_same_bits(optimizer_tensors(whole), optimizer_tensors(resumed))
+    assert learned(tmp_path / "whole") == learned(tmp_path / "cut")
+
+
+def test_an_error_of_the_data_in_the_first_step_leaves_no_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, steps=2)
+    trainer.loader = BrokenRows(trainer.loader.rows)
+    trainer.loader.bad = 1
+    with pytest.raises(DataError) as caught:
+        trainer.train()
+    assert not hasattr(caught.value, "__notes__") and not list(tmp_path.glob("checkpoints/*"))
 
 
 # ---- what is kept ----
