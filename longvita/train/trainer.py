@@ -225,7 +225,7 @@ class Trainer:
         for _ in range(self.rows):
             try:
                 batch = next(self._stream)
-            except Exception as error:
+            except Exception as error:  # whatever stops the data: train() saves the last whole step and raises this very error again
                 raise _DataFailed(error) from None
             batch = batch.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
