@@ -13,12 +13,13 @@ SOURCE := $(shell find csrc -type f)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint clean
+.PHONY: help install demo test test-all bench lint clean
 
 help:
 	@echo "make demo       train a tiny Long-VITA through all four stages and ask it questions (OUT=$(OUT), ARGS=--quick for a first look)"
 	@echo "make test       the tests"
-	@echo "make test-all   the tests and everything slow that 'make test' leaves out"
+	@echo "make test-all   the tests and everything slow that 'make test' leaves out; writes tests/RESULTS.md"
+	@echo "make bench      speed and memory of the ops beside their peers (ARGS=\"varlen_attention --dtype float32\"; --help tells the rest)"
 	@echo "make lint       ruff"
 	@echo "make install    only prepare $(VENV)"
 	@echo "make clean      remove build outputs (keeps $(VENV) and $(OUT))"
@@ -44,7 +45,10 @@ test: $(CORE)
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(CORE)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) --result tests/RESULTS.md $(ARGS)
+
+bench: $(CORE)
+	$(BIN)/python -m bench $(ARGS)
 
 lint: $(CORE)
 	$(BIN)/python -m ruff check .

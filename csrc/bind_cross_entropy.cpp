@@ -37,9 +37,9 @@ void bind_cross_entropy(py::module_& m) {
           p.coefficients = pointer<float>(coefficients, needs_gradients ? 3 * rows : 0, "coefficients");
           p.row_weight = reinterpret_cast<const float*>(row_weight);
           p.smoothing = smoothing, p.z_loss = z_loss;
-          p.logits = pointer<float>(logits, needs_gradients && rows > 0 ? chunk * vocab : 0, "logits");
+          p.logits = pointer<float>(logits, needs_gradients ? chunk * (recompute ? rows : rows > 0 ? vocab : 0) : 0, "logits");
           p.grad_hidden = reinterpret_cast<float*>(grad_hidden);
-          p.grad_weight = reinterpret_cast<float*>(grad_weight);
+          p.grad_weight = reinterpret_cast<void*>(grad_weight);
           py::gil_scoped_release release;
           cross_entropy_kernels().run(p);
         });

@@ -15,10 +15,10 @@ using SideArgs = std::array<int64_t, 8>;
 using CacheArgs = std::array<int64_t, 7>;
 
 inline CacheSide cache_side(const SideArgs& a, DType dtype, const char* name) {
-  for (int i : {1, 2, 3, 5, 6, 7}) check(a[i] >= 0, std::string(name) + ": strides must not be negative");
-  check(a[0] != 0, std::string(name) + ": null pointer");
-  check(uint64_t(a[0]) % dtype_size(dtype) == 0, std::string(name) + ": pointer not aligned to its element type");
-  check((a[4] != 0) == (dtype_size(dtype) == 1), std::string(name) + ": scales go with an 8-bit cache, and only with it");
+  for (int i : {1, 2, 3, 5, 6, 7}) check(a[i] >= 0, name, ": strides must not be negative");
+  check(a[0] != 0, name, ": null pointer");
+  check(uint64_t(a[0]) % dtype_size(dtype) == 0, name, ": pointer not aligned to its element type");
+  check((a[4] != 0) == (dtype_size(dtype) == 1), name, ": scales go with an 8-bit cache, and only with it");
   return {reinterpret_cast<char*>(a[0]), a[1], a[2], a[3], reinterpret_cast<float*>(a[4]), a[5], a[6], a[7]};
 }
 

@@ -14,7 +14,7 @@ using Sizes = std::array<int64_t, 3>;
 using Strides = std::array<int64_t, 2>;
 
 Lse lse(uintptr_t address, const Sizes& size, const Strides& stride, const char* name) {
-  check(stride[0] >= 0 && stride[1] >= 0, std::string(name) + ": strides must not be negative");
+  check(stride[0] >= 0 && stride[1] >= 0, name, ": strides must not be negative");
   return {pointer<float>(address, address == 0 ? 0 : size[0] * size[1], name), stride[0], stride[1]};
 }
 

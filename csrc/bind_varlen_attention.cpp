@@ -19,13 +19,17 @@ using Sizes = std::array<int64_t, 3>;
 using Strides = std::array<int64_t, 3>;
 
 Rows3 tensor(uintptr_t address, DType dtype, const Sizes& size, const Strides& stride, const char* name) {
-  check(stride[2] == 1 || size[2] == 1, std::string(name) + ": the last dimension must be contiguous");
+  check(stride[2] == 1 || size[2] == 1, name, ": the last dimension must be contiguous");
   return rows3(address, dtype, size[0], size[1], size[2], stride[0], stride[1], name);
 }
 
+// In the words of ops/_common.py, which checks where this kernel does not run.
 void check_offsets(const int32_t* cu, int64_t docs, int64_t tokens, const char* name) {
-  check(cu[0] == 0 && cu[docs] == tokens, std::string(name) + ": must start at 0 and end at the number of tokens");
-  for (int64_t i = 0; i < docs; ++i) check(cu[i] <= cu[i + 1], std::string(name) + ": must not decrease");
+  check(cu[0] == 0, name, " starts at ", cu[0], "; expected 0");
+  check(cu[docs] == tokens, name, " ends at ", cu[docs], " but there are ", tokens, " tokens; its last entry must be the number of tokens");
+  for (int64_t i = 0; i < docs; ++i) {
+    check(cu[i] <= cu[i + 1], name, " falls from ", cu[i], " to ", cu[i + 1], " at index ", i + 1, "; document offsets must not decrease");
+  }
 }
 
 struct VarlenProblem : AttentionProblem {
@@ -66,7 +70,8 @@ class Planner {
   Planner(const AttentionProblem& p, const AttentionTiles& t, bool backward) : p_(p), t_(t) {
     int64_t total = 0;
     each_unit([&](int64_t, int64_t queries, int64_t keys) { total += area(p, queries, keys, 0, queries); });
-    enough_ = std::min<int64_t>((int64_t(1) << 22) / p.dim(), total / (4 * p.threads) + 1);
+    // the lower bound: some 20 µs of work, below which waking a thread costs more than it brings
+    enough_ = std::max((int64_t(1) << 17) / p.dim(), std::min((int64_t(1) << 22) / p.dim(), total / (4 * p.threads) + 1));
     each_unit([&](int64_t unit, int64_t queries, int64_t keys) {
       const int64_t pieces = backward ? (keys + t.partition - 1) / t.partition : (queries * p.group() + t.query_rows - 1) / t.query_rows;
       if (pieces <= 1) gather(unit, area(p, queries, keys, 0, queries) + keys);

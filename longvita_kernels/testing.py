@@ -233,7 +233,7 @@ def spoiled(tensor):
     if tensor.ndim >= 2:
         rows = tensor.reshape(tensor.shape[0], -1)
         sizes = rows.nan_to_num(0.0, 0.0, 0.0).norm(dim=1)
-        first, second = (sizes.topk(2).indices.tolist() if len(sizes) > 1 else (0, 0))
+        first, second = sizes.topk(2).indices.tolist() if len(sizes) > 1 else (0, 0)
         if sizes[second] > 0 and not torch.equal(rows[first], rows[second]) and torch.equal(rows[first].isinf(), rows[second].isinf()):
             swapped = tensor.clone()
             swapped[first], swapped[second] = tensor[second], tensor[first]

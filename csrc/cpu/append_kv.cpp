@@ -70,7 +70,7 @@ template <class T>
 void append_rows(const AppendArgs& args) {
   const Sequences& s = args.sequences;
   const T *k = reinterpret_cast<const T*>(args.k.data), *v = reinterpret_cast<const T*>(args.v.data);
-#pragma omp parallel for num_threads(args.threads) schedule(static)
+#pragma omp parallel for num_threads(args.threads) schedule(static) if (args.k.tokens * args.cache.heads * args.cache.dim > kWorthThreads / 8)
   for (int64_t t = 0; t < args.k.tokens; ++t) {
     const int64_t b = std::upper_bound(s.offsets, s.offsets + s.batch + 1, int32_t(t)) - s.offsets - 1;
     const int64_t position = s.lengths[b] + (t - s.offsets[b]);

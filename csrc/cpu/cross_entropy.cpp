@@ -7,8 +7,9 @@
 namespace longvita::LV_ISA {
 namespace {
 
-struct Chunk {
-  int64_t first, rows;               // of the M rows
+// The part of the logits that exists: rows of the M, columns of the V.
+struct Part {
+  int64_t first, rows, column, columns;
 };
 
 LV_INLINE vf softcapped(vf x, float cap) { return vtanh(x * (1.0f / cap)) * cap; }
@@ -46,12 +47,19 @@ LV_INLINE vf natural_log(vf x) {
   return out;
 }
 
-// Logits of a chunk, tile by tile: keeps what the loss needs of each block of columns, and the logits themselves for the gradients.
-void logits_of(const CrossEntropyArgs& p, const Chunk& chunk, bool keep) {
-  const Matrix hidden(p.hidden, p.dtype, p.hidden_stride, p.index + chunk.first), weight(p.weight, p.dtype, p.weight_stride);
+Matrix hidden_of(const CrossEntropyArgs& p, const Part& part) { return {p.hidden, p.dtype, p.hidden_stride, p.index + part.first}; }
+
+Matrix weight_of(const CrossEntropyArgs& p, const Part& part) {
+  const char* from = static_cast<const char*>(p.weight) + part.column * p.weight_stride * int64_t(dtype_size(p.dtype));
+  return {from, p.dtype, p.weight_stride};
+}
+
+// Logits of a part, tile by tile: keeps what the loss needs of each block of columns, and the logits themselves for the gradients.
+void logits_of(const CrossEntropyArgs& p, const Part& part, bool keep) {
+  const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part);
   const int64_t blocks = (p.vocab + kTileN - 1) / kTileN, plane = blocks * p.chunk;
   // Blocks of columns keep their width whatever the number of threads: the sums over them are part of the result.
-  for_each_tile({hidden, true}, {weight, true}, TileGrid(chunk.rows, p.vocab, p.threads, kTileN), p.width, p.dtype == DType::bf16, p.threads,
+  for_each_tile({hidden, true}, {weight, true}, TileGrid(part.rows, part.columns, p.threads, kTileN), p.width, p.dtype == DType::bf16, p.threads,
                 p.scratch, [&](const Tile& tile, float* c) {
                   for (int64_t i = 0; i < tile.mt; ++i) {
                     float* row = c + i * kTileN;
@@ -60,22 +68,22 @@ void logits_of(const CrossEntropyArgs& p, const Chunk& chunk, bool keep) {
                       const RowStatistics found = row_statistics(row, tile.nt, p.softcap);
                       float* at = p.partial + tile.n0 / kTileN * p.chunk + m;
                       at[0] = found.max, at[plane] = found.exp_sum, at[2 * plane] = found.sum;
-                      const int64_t label = p.labels[chunk.first + m] - tile.n0;
-                      if (label >= 0 && label < tile.nt) p.statistics[p.rows + chunk.first + m] = row[label];
+                      const int64_t label = p.labels[part.first + m] - tile.n0;
+                      if (label >= 0 && label < tile.nt) p.statistics[p.rows + part.first + m] = row[label];
                     } else if (p.softcap > 0.0f) {
                       for (int64_t n = 0; n < tile.nt; n += W) store(row + n, softcapped(load(row + n), p.softcap));
                     }
-                    if (keep) std::memcpy(p.logits + m * p.vocab + tile.n0, row, size_t(tile.nt) * 4);
+                    if (keep) std::memcpy(p.logits + m * part.columns + tile.n0, row, size_t(tile.nt) * 4);
                   }
                 });
 }
 
 // Joins the blocks of columns, always in their order; lanes are rows.
-void join_blocks(const CrossEntropyArgs& p, const Chunk& chunk) {
+void join_blocks(const CrossEntropyArgs& p, const Part& part) {
   const int64_t blocks = (p.vocab + kTileN - 1) / kTileN, plane = blocks * p.chunk;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t m = 0; m < chunk.rows; m += W) {
-    const int lanes = int(chunk.rows - m < W ? chunk.rows - m : W);
+  for (int64_t m = 0; m < part.rows; m += W) {
+    const int lanes = int(part.rows - m < W ? part.rows - m : W);
     vf max = splat(-kInf), exp_sum = vf{}, sum = vf{};
     for (int64_t block = 0; block < blocks; ++block) max = vmax(load_n(p.partial + block * p.chunk + m, lanes), max);
     for (int64_t block = 0; block < blocks; ++block) {
@@ -83,7 +91,7 @@ void join_blocks(const CrossEntropyArgs& p, const Chunk& chunk) {
       exp_sum += load_n(at + plane, lanes) * vexp2((load_n(at, lanes) - max) * kLog2e);
       sum += load_n(at + 2 * plane, lanes);
     }
-    float* out = p.statistics + chunk.first + m;
+    float* out = p.statistics + part.first + m;
     store_n(out, max + natural_log(exp_sum), lanes);
     store_n(out + 2 * p.rows, sum, lanes);
     store_n(out + 3 * p.rows, max, lanes);
@@ -92,8 +100,8 @@ void join_blocks(const CrossEntropyArgs& p, const Chunk& chunk) {
 }
 
 // Coefficients of the summed loss that is described in cross_entropy.h.
-void loss_coefficients(const CrossEntropyArgs& p, const Chunk& chunk) {
-  for (int64_t m = chunk.first; m < chunk.first + chunk.rows; ++m) {
+void loss_coefficients(const CrossEntropyArgs& p, const Part& part) {
+  for (int64_t m = part.first; m < part.first + part.rows; ++m) {
     const float weight = p.row_weight ? p.row_weight[m] : 1.0f;
     p.coefficients[m] = weight * (1.0f + 2.0f * p.z_loss * p.statistics[m]);
     p.coefficients[p.rows + m] = weight * (p.smoothing - 1.0f);
@@ -101,18 +109,19 @@ void loss_coefficients(const CrossEntropyArgs& p, const Chunk& chunk) {
   }
 }
 
-// Turns the chunk's logits into their gradients, in place.
-void differentiate(const CrossEntropyArgs& p, const Chunk& chunk) {
+// Turns the part's logits into their gradients, in place.
+void differentiate(const CrossEntropyArgs& p, const Part& part) {
   const float inverse_cap = p.softcap > 0.0f ? 1.0f / p.softcap : 0.0f;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t m = 0; m < chunk.rows; ++m) {
-    const int64_t row = chunk.first + m, label = p.labels[row];
+  for (int64_t m = 0; m < part.rows; ++m) {
+    const int64_t row = part.first + m, label = p.labels[row] - part.column;
     const float a = p.coefficients[row], b = p.coefficients[p.rows + row], c = p.coefficients[2 * p.rows + row];
     const float max = p.statistics[3 * p.rows + row], scale = a / p.statistics[4 * p.rows + row];
-    float* logits = p.logits + m * p.vocab;
-    const float label_logit = label >= 0 && label < p.vocab ? logits[label] : 0.0f;
-    for (int64_t v = 0; v < p.vocab; v += W) {
-      const int lanes = int(p.vocab - v < W ? p.vocab - v : W);
+    float* logits = p.logits + m * part.columns;
+    const bool labelled = label >= 0 && label < part.columns;
+    const float label_logit = labelled ? logits[label] : 0.0f;
+    for (int64_t v = 0; v < part.columns; v += W) {
+      const int lanes = int(part.columns - v < W ? part.columns - v : W);
       const vf x = load_n(logits + v, lanes);
       vf grad = vexp2((x - max) * kLog2e) * scale + c;
       if (inverse_cap > 0.0f) {
@@ -121,34 +130,38 @@ void differentiate(const CrossEntropyArgs& p, const Chunk& chunk) {
       }
       store_n(logits + v, grad, lanes);
     }
-    if (label >= 0 && label < p.vocab) {
+    if (labelled) {
       const float t = label_logit * inverse_cap;
       logits[label] += b * (1.0f - t * t);
     }
   }
 }
 
-void gradients(const CrossEntropyArgs& p, const Chunk& chunk) {
+// out (+)= row
+void put(float* out, const float* row, int64_t count, bool add) {
+  if (!add) std::memcpy(out, row, size_t(count) * 4);
+  else for (int64_t n = 0; n < count; ++n) out[n] += row[n];
+}
+
+void gradients(const CrossEntropyArgs& p, const Part& part) {
   const bool pairs = p.dtype == DType::bf16;
-  const Matrix hidden(p.hidden, p.dtype, p.hidden_stride, p.index + chunk.first), weight(p.weight, p.dtype, p.weight_stride);
-  const Matrix grad(p.logits, DType::f32, p.vocab);
+  const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part), grad(p.logits, DType::f32, part.columns);
   if (p.grad_hidden != nullptr) {
-    for_each_tile({grad, true}, {weight, false}, TileGrid(chunk.rows, p.width, p.threads), p.vocab, pairs, p.threads, p.scratch,
+    for_each_tile({grad, true}, {weight, false}, TileGrid(part.rows, p.width, p.threads), part.columns, pairs, p.threads, p.scratch,
                   [&](const Tile& tile, const float* c) {
                     for (int64_t i = 0; i < tile.mt; ++i) {
-                      float* out = p.grad_hidden + (chunk.first + tile.m0 + i) * p.width + tile.n0;
-                      std::memcpy(out, c + i * kTileN, size_t(tile.nt) * 4);
+                      float* out = p.grad_hidden + (part.first + tile.m0 + i) * p.width + tile.n0;
+                      put(out, c + i * kTileN, tile.nt, part.column > 0);
                     }
                   });
   }
   if (p.grad_weight != nullptr) {
-    for_each_tile({grad, false}, {hidden, false}, TileGrid(p.vocab, p.width, p.threads), chunk.rows, pairs, p.threads, p.scratch,
+    for_each_tile({grad, false}, {hidden, false}, TileGrid(part.columns, p.width, p.threads), part.rows, pairs, p.threads, p.scratch,
                   [&](const Tile& tile, const float* c) {
                     for (int64_t i = 0; i < tile.mt; ++i) {
-                      float* out = p.grad_weight + (tile.m0 + i) * p.width + tile.n0;
-                      const float* row = c + i * kTileN;
-                      if (chunk.first == 0) std::memcpy(out, row, size_t(tile.nt) * 4);
-                      else for (int64_t n = 0; n < tile.nt; ++n) out[n] += row[n];
+                      const int64_t at = (part.column + tile.m0 + i) * p.width + tile.n0;
+                      if (p.recompute) narrow_row(c + i * kTileN, tile.nt, p.grad_weight, p.dtype, at);      // of all rows: finished
+                      else put(static_cast<float*>(p.grad_weight) + at, c + i * kTileN, tile.nt, part.first > 0);
                     }
                   });
   }
@@ -156,16 +169,27 @@ void gradients(const CrossEntropyArgs& p, const Chunk& chunk) {
 
 void run(const CrossEntropyArgs& p) {
   const bool needs_gradients = p.grad_hidden != nullptr || p.grad_weight != nullptr;
-  if (p.rows == 0 && p.grad_weight != nullptr) std::memset(p.grad_weight, 0, size_t(p.vocab * p.width) * 4);
-  if (!p.recompute) std::memset(p.statistics + p.rows, 0, size_t(p.rows) * 4);      // a label held elsewhere leaves its target at 0
+  if (p.rows == 0 && p.grad_weight != nullptr) {
+    std::memset(p.grad_weight, 0, size_t(p.vocab * p.width) * (p.recompute ? dtype_size(p.dtype) : 4));
+  }
+  if (p.recompute) {
+    for (int64_t column = 0; column < p.vocab && p.rows > 0; column += p.chunk) {
+      const Part part = {0, p.rows, column, p.vocab - column < p.chunk ? p.vocab - column : p.chunk};
+      logits_of(p, part, true);
+      differentiate(p, part);
+      gradients(p, part);
+    }
+    return;
+  }
+  std::memset(p.statistics + p.rows, 0, size_t(p.rows) * 4);      // a label held elsewhere leaves its target at 0
   for (int64_t first = 0; first < p.rows; first += p.chunk) {
-    const Chunk chunk = {first, p.rows - first < p.chunk ? p.rows - first : p.chunk};
-    logits_of(p, chunk, needs_gradients);
-    if (!p.recompute) join_blocks(p, chunk);
+    const Part part = {first, p.rows - first < p.chunk ? p.rows - first : p.chunk, 0, p.vocab};
+    logits_of(p, part, needs_gradients);
+    join_blocks(p, part);
     if (!needs_gradients) continue;
-    if (!p.recompute) loss_coefficients(p, chunk);
-    differentiate(p, chunk);
-    gradients(p, chunk);
+    loss_coefficients(p, part);
+    differentiate(p, part);
+    gradients(p, part);
   }
 }
 

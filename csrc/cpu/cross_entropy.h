@@ -1,4 +1,8 @@
-// Cross entropy of logits = hidden · weightᵀ for rows picked by an index, without the logits: they exist for one chunk of rows at a time.
+// Cross entropy of logits = hidden · weightᵀ for rows picked by an index, without the logits: only a part of them exists at a time.
+//
+// Two ways to the gradients. At once with the loss: some rows, all columns; the softmax of a row needs its whole sum, so the gradient of
+// weight grows from part to part in fp32. Or recomputed, once the statistics are known: all rows, some columns; the gradient of weight is
+// then finished part by part and never held in fp32, at the price of a fourth product.
 //
 //   l[m, v] = softcap(hidden[index[m]] · weight[v])       softcap(x) = cap · tanh(x / cap), or x where cap is 0
 //   max[m] = max_v l[m, v]          exp_sum[m] = Σ_v exp(l[m, v] - max[m])        lse[m] = max[m] + log exp_sum[m]
@@ -24,8 +28,8 @@ struct CrossEntropyArgs {
   const int64_t* labels;                              // (M); a label outside 0 … V-1 belongs to another part of the vocabulary
   float softcap;
   float* statistics;                                  // (5, M): lse, target, sum, max, exp_sum; an input where recompute is set
-  int64_t chunk;                                      // rows at a time
-  float* partial;                                     // (3, blocks of kTileN in V, chunk)
+  int64_t chunk;                                      // rows at a time; columns at a time where recompute is set
+  float* partial;                                     // (3, blocks of kTileN in V, chunk), unless recompute
   float* scratch;                                     // threads × gemm_scratch_floats
   int threads;
 
@@ -35,9 +39,9 @@ struct CrossEntropyArgs {
   float* coefficients;                                // (3, M): a, b, c; written unless recompute
   const float* row_weight;                            // (M) or null: 1
   float smoothing, z_loss;
-  float* logits;                                      // (chunk, V)
+  float* logits;                                      // (chunk, V), or (M, chunk) where recompute is set
   float* grad_hidden;                                 // (M, H) or null
-  float* grad_weight;                                 // (V, H) or null
+  void* grad_weight;                                  // (V, H) or null: fp32, or dtype where recompute is set
 };
 
 struct CrossEntropyKernels {

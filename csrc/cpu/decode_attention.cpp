@@ -163,20 +163,23 @@ Tile read(const KvCache& cache, const CacheSide& side, int64_t b, int64_t head, 
 // scores[r][j] = q[r] · k[j] for R rows and 4 keys
 template <int R>
 LV_INLINE void dot_tile(const float* q, const float* const k[4], int64_t width, float* scores) {
-  vf acc[R][4] = {};
+  constexpr int kSums = (4 * R + W - 1) / W * W;      // whole vectors of results
+  vf sums[kSums] = {};      // row by row
   for (int64_t d = 0; d < width; d += W) {
     const vf k0 = load(k[0] + d), k1 = load(k[1] + d), k2 = load(k[2] + d), k3 = load(k[3] + d);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const vf x = load(q + r * width + d);
-      acc[r][0] = fma(x, k0, acc[r][0]);
-      acc[r][1] = fma(x, k1, acc[r][1]);
-      acc[r][2] = fma(x, k2, acc[r][2]);
-      acc[r][3] = fma(x, k3, acc[r][3]);
+      sums[4 * r] = fma(x, k0, sums[4 * r]);
+      sums[4 * r + 1] = fma(x, k1, sums[4 * r + 1]);
+      sums[4 * r + 2] = fma(x, k2, sums[4 * r + 2]);
+      sums[4 * r + 3] = fma(x, k3, sums[4 * r + 3]);
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < 4; ++j) scores[r * kKeys + j] = hsum(acc[r][j]);
-  }
+  float results[kSums];
+#pragma GCC unroll 4
+  for (int i = 0; i < kSums; i += W) store(results + i, hsum_each(sums + i));
+  for (int r = 0; r < R; ++r) std::memcpy(scores + r * kKeys, results + 4 * r, 16);
 }
 
 void scores_tile(const float* q, int64_t rows, int64_t width, Tile k, int n, float* scores) {
@@ -218,8 +221,13 @@ void sum_rows(const float* p, Tile v, int n, const float* keep, int64_t width, f
 
 void sums_tile(const float* p, int64_t rows, Tile v, int n, const float* keep, int64_t width, float* out) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) sum_rows<4>(p + r * kKeys, v, n, keep + r, width, out + r * width);
-  for (; r < rows; ++r) sum_rows<1>(p + r * kKeys, v, n, keep + r, width, out + r * width);
+  const auto some = [&](auto count) {
+    constexpr int R = decltype(count)::value;
+    for (; r + R <= rows; r += R) sum_rows<R>(p + r * kKeys, v, n, keep + r, width, out + r * width);
+  };
+  if (rows % 5 == 0) some(std::integral_constant<int, 5>{});      // the group of Qwen2.5-14B: nothing left over
+  some(std::integral_constant<int, 4>{});
+  some(std::integral_constant<int, 1>{});
 }
 
 // One row of scores → weights relative to the new maximum (in units of log2), times the scales of the values. Updates maximum and sum;
@@ -337,7 +345,9 @@ template <class T>
 void run_typed(const DecodeArgs& args, const Plan& plan) {
   const int64_t pieces = int64_t(plan.pieces.size()), blocks = int64_t(plan.blocks.size());
   float* partials = args.scratch + args.threads * thread_floats(args.q.dim);
-#pragma omp parallel num_threads(args.threads)
+  int64_t products = 0;
+  for (const Block& block : plan.blocks) products += block.rows * (block.last - block.first) * args.q.dim;
+#pragma omp parallel num_threads(args.threads) if (pieces > 1 && products > kWorthThreads / 2)
   {
     int thread = 0;
 #ifdef _OPENMP

@@ -17,7 +17,7 @@ void forward_thin(const LmHeadArgs& p) {
     std::memset(row + p.width, 0, size_t(lda - p.width) * 4);
   }
   constexpr int64_t kColumns = 64;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.vocab * p.width > kWorthThreads)
   for (int64_t n0 = 0; n0 < p.vocab; n0 += kColumns) {
     const int64_t count = p.vocab - n0 < kColumns ? p.vocab - n0 : kColumns;
     float logits[kThinRows * kColumns];
@@ -80,6 +80,6 @@ void backward(const LmHeadArgs& p) {
 
 }  // namespace
 
-extern const LmHeadKernels lm_head_kernels = {kScratchFloats, &forward, &backward};
+extern const LmHeadKernels lm_head_kernels = {kScratchFloats, kThinRows, &forward, &backward};
 
 }  // namespace longvita::LV_ISA

@@ -28,6 +28,7 @@ struct LmHeadArgs {
 
 struct LmHeadKernels {
   int64_t scratch_floats;                             // of the matrix product, per thread
+  int64_t thin_rows;                                  // up to this many rows forward needs none
   void (*forward)(const LmHeadArgs&);
   void (*backward)(const LmHeadArgs&);
 };

@@ -29,6 +29,8 @@ constexpr bool kBf16Pairs = true;
 #else
 constexpr bool kBf16Pairs = false;
 #endif
+// Multiply-adds (about 10 µs of them) below which waking other threads costs more than it brings.
+constexpr int64_t kWorthThreads = 1 << 17;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -165,6 +167,19 @@ LV_INLINE float hsum(vf v) {      // pairwise, so that the order does not depend
     for (int i = 0; i < half; ++i) x[i] += x[i + half];
   }
   return x[0];
+}
+// Lane i: the sum of x[i], for W vectors at once; overwrites x. A third of the instructions of W times hsum; the order is hsum's.
+template <int H = W / 2>
+LV_INLINE vf hsum_each(vf* x) {
+  vi low, high;
+  for (int l = 0; l < W; ++l) {
+    low[l] = (l & H) == 0 ? l : W + l - H;
+    high[l] = (l & H) == 0 ? l + H : W + l;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < H; ++i) x[i] = __builtin_shuffle(x[i], x[i + H], low) + __builtin_shuffle(x[i], x[i + H], high);
+  if constexpr (H > 1) return hsum_each<H / 2>(x);
+  else return x[0];
 }
 LV_INLINE float hmax(vf v) {
   float x[W];

@@ -9,7 +9,7 @@ import sys
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a first look: 2K tokens of context, a few minutes")
-    size.add_argument("--full", action="store_true", help="8K tokens, longer training and more questions: planned for less than an hour")
+    size.add_argument("--full", action="store_true", help="8K tokens, longer training and more questions: 35 minutes on two cores")
     parser.add_argument(
         "--out", default="demo-out", metavar="DIR", help="where everything goes; the same command resumes (default: demo-out)"
     )

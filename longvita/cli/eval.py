@@ -19,7 +19,7 @@ TASKS = {
 
 
 def lengths(text: str) -> list[int]:
-    """"1024,2K,8k" → [1024, 2048, 8192], ascending."""
+    """ "1024,2K,8k" → [1024, 2048, 8192], ascending."""
     units = {"K": 2**10, "M": 2**20}
     found = []
     for part in text.upper().split(","):
@@ -31,7 +31,7 @@ def lengths(text: str) -> list[int]:
 
 
 def depths(text: str) -> list[float]:
-    """"0,0.5,1" → [0.0, 0.5, 1.0], ascending."""
+    """ "0,0.5,1" → [0.0, 0.5, 1.0], ascending."""
     try:
         found = sorted({float(part) for part in text.split(",")})
     except ValueError as error:

@@ -198,7 +198,7 @@ def check_keys(data: Mapping[str, Any], known: Iterable[str], where: str) -> Non
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """"; did you mean 'x'? Known: …"."""
+    """ "; did you mean 'x'? Known: …"."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."

@@ -225,7 +225,7 @@ class _Stream:
         try:
             source, index, item = loader.mixture[self.order[place]]
             sample = as_sample(item, source.name, index)
-            if sample.source == "memory":
+            if not sample.source:
                 sample = replace(sample, source=source.name, line=index)
             encoded = loader.processor.encode(sample, training=True, max_tokens=loader.sequence_length, max_frames=loader.max_frames)
         except DataError as error:

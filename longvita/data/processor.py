@@ -49,7 +49,7 @@ class EncodedSample:
     tile_rows: np.ndarray
     tiles: np.ndarray | None
     media: tuple[Callable[[], np.ndarray], ...] = ()
-    where: str = "memory:0"
+    where: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -101,7 +101,7 @@ class Processor:
         max_tokens  of each conversation: videos get the frames that fit beside the text. Leave room for the answer
         """
         several = isinstance(messages, list | tuple) and messages and not (isinstance(messages[0], Mapping) and "role" in messages[0])
-        items = messages if several else [messages]
+        items = [as_sample(item, "conversation", i) for i, item in enumerate(messages)] if several else [messages]
         samples = [self.encode(item, training=training, max_tokens=max_tokens, max_frames=max_frames) for item in items]
         return collate(samples, reset=True, labels=training)
 

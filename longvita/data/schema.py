@@ -61,19 +61,19 @@ class Sample:
     messages  [{"role": …, "content": string or list of parts}, …]
     images    what the `<image>` placeholders of string contents stand for, in order
     videos    the same for `<video>`
-    source, line   where it comes from, for error messages
+    source, line   where it comes from, for error messages; no source: a conversation that its caller has at hand
     """
 
     messages: Sequence[Mapping]
     images: Sequence = ()
     videos: Sequence = ()
-    source: str = "memory"
+    source: str = ""
     line: int = 0
     placeholders: bool = field(default=True)  # False: `<image>` in a string is just text
 
     @property
     def where(self) -> str:
-        return f"{self.source}:{self.line}"
+        return _place(self.source, self.line)
 
     def turns(self, *, training: bool = True) -> tuple[Turn, ...]:
         """The checked turns, every medium in its place. DataError for whatever does not fit the schema.
@@ -86,7 +86,11 @@ class Sample:
             raise error.at(self.where) from None
 
 
-def as_sample(item, source: str = "memory", line: int = 0) -> Sample:
+def _place(source: str, line: int) -> str:
+    return f"{source}:{line}" if source else ""
+
+
+def as_sample(item, source: str = "", line: int = 0) -> Sample:
     """A Sample from a Sample, a row (dict with "messages" or "conversations") or a list of messages (whose strings are literal text)."""
     if isinstance(item, Sample):
         return item
@@ -97,7 +101,7 @@ def as_sample(item, source: str = "memory", line: int = 0) -> Sample:
     raise DataError(
         "schema",
         f"expected a Sample, a row with 'messages' or a list of messages, got {_describe(item)}; see longvita.data.schema",
-        f"{source}:{line}",
+        _place(source, line),
     )
 
 

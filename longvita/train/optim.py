@@ -100,9 +100,7 @@ def build_optimizers(parts: Parts, recipe: Recipe, vision_layers: int) -> list[t
             )
         )
     if "muon" in groups:
-        optimizers.append(
-            BatchedMuon(groups["muon"], lr=recipe.muon_lr, weight_decay=recipe.weight_decay, momentum=recipe.muon_momentum)
-        )
+        optimizers.append(BatchedMuon(groups["muon"], lr=recipe.muon_lr, weight_decay=recipe.weight_decay, momentum=recipe.muon_momentum))
     return optimizers
 
 

@@ -8,6 +8,7 @@ import math
 import os
 
 import torch
+from torch.autograd import forward_ad
 
 from longvita_kernels.spec import FLOAT_DTYPES
 
@@ -41,6 +42,41 @@ def define_op(name, schema, implementation, fake, *, backward=None, setup_contex
         torch.library.register_autograd(qualified, backward or refuse, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.longvita, name).default
 
+
+def call(op, implementation, tensors, *rest):
+    """`op(*tensors, *rest)`; as a plain call of its CPU implementation, several times cheaper, where nothing listens at the dispatcher.
+
+    tensors  Tensor or None each. The dispatcher is needed for gradients, compilation and tracing, modes (fake tensors, functional
+             transforms, function modes), subclasses, other devices, and a profiler that would like to see the op.
+    """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(op, tensors)
+    return (implementation if _nobody_listens(tensors) else op)(*tensors, *rest)
+
+
+def _refuse_tangents(op, tensors):
+    """torch would drop them in silence."""
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(f"{op} has no forward-mode derivative. Remedy: use reverse mode (backward), or the op's reference()")
+
+
+def _nobody_listens(tensors):
+    if (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled() or torch.jit.is_tracing()
+    ):  # fmt: skip
+        return False
+    gradients = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or not tensor.is_cpu or (gradients and tensor.requires_grad):
+            return False
+    return True
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 # ---------------------------------------------------------------------------------------------------------------- running references
 

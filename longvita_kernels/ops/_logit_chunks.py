@@ -19,22 +19,33 @@ def check_labels(labels, rows, ignore_index, vocab_size):
         )
 
 
+_LOGITS = 4 << 20  # how many exist at a time, if that leaves the products enough rows or columns
+
+
 def chunk_rows(vocab, rows):
     """Rows whose logits exist at one time: a function of the sizes alone, because the order of sums follows it."""
-    return max(1, min(rows, max(256, min(2048, (4 << 20) // vocab))))
+    return max(1, min(rows, max(256, min(2048, _LOGITS // vocab))))
+
+
+def chunk_columns(vocab, rows):
+    """Columns whose logits exist at one time where they are made again: likewise."""
+    return max(1, min(vocab, max(256, _LOGITS // max(rows, 1) // 256 * 256)))
 
 
 def run_native(hidden, weight, rows, labels, softcap, statistics, *, coefficients=None, recompute=False, row_weight=None, smoothing=0.0,
                z_loss=0.0, needs=(False, False)):  # fmt: skip
-    """One pass over `rows` (R,) of hidden: fills statistics (5, R), or reads them to recompute → float32 gradients (R, H) and (V, H)."""
+    """Fills statistics (5, R) of `rows` (R,) of hidden, or reads them to recompute → gradients (R, H), float32, and (V, H), float32 or,
+    where recomputed, in weight's dtype."""
     module, vocab = native.load(), weight.shape[0]
-    chunk, blocks = chunk_rows(vocab, rows.shape[0]), -(-vocab // module.linear_cross_entropy_block())
+    chunk = (chunk_columns if recompute else chunk_rows)(vocab, rows.shape[0])
+    blocks = -(-vocab // module.linear_cross_entropy_block())
     if coefficients is None:
         coefficients = torch.empty(3, rows.shape[0] if any(needs) else 0, dtype=torch.float32)
     partial = torch.empty(0 if recompute else 3 * blocks * chunk, dtype=torch.float32)
-    logits = torch.empty(chunk * vocab if any(needs) else 0, dtype=torch.float32)
-    grads = [torch.empty(n, hidden.shape[1], dtype=torch.float32) if need else _common.absent(hidden)
-             for n, need in zip((rows.shape[0], vocab), needs, strict=True)]  # fmt: skip
+    logits = torch.empty(chunk * (rows.shape[0] if recompute else vocab) if any(needs) else 0, dtype=torch.float32)
+    sizes = ((rows.shape[0], torch.float32), (vocab, weight.dtype if recompute else torch.float32))
+    grads = [torch.empty(n, hidden.shape[1], dtype=dtype) if need else _common.absent(hidden)
+             for (n, dtype), need in zip(sizes, needs, strict=True)]  # fmt: skip
     scratch = _gemm.scratch()
     module.linear_cross_entropy_run(
         native.dtype_code(hidden.dtype), *hidden.shape, vocab, rows.shape[0],

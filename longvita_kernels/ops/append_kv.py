@@ -36,7 +36,8 @@ def append_kv(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, *, block_tabl
     _cache.check_cache(("k", k), k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
     if k_cache.shape[2] != k.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads but k_cache has {k_cache.shape[2]}; they must agree")
-    _append(k.detach(), v.detach(), k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
+    tensors = (k.detach(), v.detach(), k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
+    _common.call(_append, _append_impl, tensors)
 
 
 def write_reference(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table=None, k_scale=None, v_scale=None):

@@ -104,9 +104,8 @@ def decode_attention(
     _common.check_attention_options(window_size, softcap, softmax_scale)
     left, right = window_size
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    out, lse = _decode(
-        q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale, causal, left, right, float(softcap), scale
-    )
+    tensors = (q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
+    out, lse = _common.call(_decode, _decode_impl, tensors, causal, left, right, float(softcap), scale)
     return (out, lse) if return_lse else out
 
 

@@ -32,7 +32,7 @@ class LossStats(NamedTuple):
 
 
 def reference(hidden, weight, labels, *, ignore_index=-100, reduction="sum", loss_weight=None, softcap=0.0, z_loss=0.0,
-              label_smoothing=0.0, return_stats=False):  # fmt: skip
+              label_smoothing=0.0, return_stats=False, low_memory=False):  # fmt: skip
     """The definition in plain torch, float32 inside (float64 for float64)."""
     dtype = _common.compute_dtype(hidden)
     rows = (labels != ignore_index).nonzero().squeeze(1)
@@ -41,7 +41,7 @@ def reference(hidden, weight, labels, *, ignore_index=-100, reduction="sum", los
 
 
 def base(hidden, weight, labels, *, ignore_index=-100, reduction="sum", loss_weight=None, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
-         return_stats=False):  # fmt: skip
+         return_stats=False, low_memory=False):  # fmt: skip
     """The plain composition: logits in the inputs' own dtype, then the loss in float32."""
     rows = (labels != ignore_index).nonzero().squeeze(1)
     logits = torch.nn.functional.linear(hidden[rows], weight)
@@ -94,7 +94,7 @@ def _with_stats(loss, statistics, supervised, return_stats):
 
 
 def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction="sum", loss_weight=None, softcap=0.0, z_loss=0.0,
-                         label_smoothing=0.0, return_stats=False, vocab_start=0, vocab_group=None):  # fmt: skip
+                         label_smoothing=0.0, return_stats=False, vocab_start=0, vocab_group=None, low_memory=False):  # fmt: skip
     """Cross entropy between `hidden @ weight.T` and `labels`; the (T, V) logits are never made.
 
     hidden (T, H), weight (V, H)  float32, bfloat16 or float16, alike; last dimension dense, rows may be strided; both take gradients
@@ -105,11 +105,13 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
     return_stats                  → (loss, LossStats)
     vocab_start, vocab_group      tensor-parallel head: weight holds rows vocab_start … vocab_start+V−1 of the whole, labels stay global;
                                   every process of the torch.distributed group makes the call, and gets the whole gradient of hidden
+    low_memory                    keep nothing for backward and make the logits again there: a fourth matrix product instead of a float32
+                                  gradient of weight. reduction="none" and vocab_group always do so
     → loss, float32. Nothing supervised gives 0. Sums are in float32, gradients are rounded once, and a frozen input skips its matmul.
 
     Memory beside inputs and outputs: one chunk of logits, at most max(4 Mi, 256 · V) floats; from forward to backward the float32
     gradients of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile (T, H): R is not known there).
-    reduction="none" and vocab_group keep no gradients and make the logits twice.
+    With low_memory: at most max(4 Mi, 256 · R) logits at a time and, in backward, the float32 gradient of the rows (R, H).
     Raises ValueError for arguments that do not fit and, on the CPU, for a label outside 0 … V−1 that is not ignore_index.
     """
     hidden, weight = _common.autocast_tensors(hidden, weight)
@@ -121,7 +123,7 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
         vocab_size = _vocab_parallel.total(vocab_size, hidden.device, vocab_group)
         hidden = _vocab_parallel.sum_gradient(hidden, vocab_group)
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
-    if vocab_group is None and reduction != "none" and any(needs):
+    if vocab_group is None and reduction != "none" and any(needs) and not low_memory:
         return _summed(hidden, weight, labels, needs, ignore_index, reduction, loss_weight, softcap, z_loss, label_smoothing, return_stats)
     statistics = _rows(hidden, weight, labels, ignore_index, softcap, vocab_start, vocab_size)
     if vocab_group is not None:
@@ -241,10 +243,20 @@ def _loss_grad_impl(grad, hidden, weight, rows, grad_rows, grad_weight, needs):
     out_hidden, out_weight = _common.absent(hidden), _common.absent(hidden)
     if needs[0]:
         out_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        out_hidden.index_copy_(0, rows, (grad_rows * grad).to(hidden.dtype))
+        out_hidden.index_copy_(0, rows, _scaled(grad_rows, grad, hidden.dtype))
     if needs[1]:
-        out_weight = torch.mul(grad_weight, grad).to(weight.dtype)
+        out_weight = _scaled(grad_weight, grad, weight.dtype)
     return out_hidden, out_weight
+
+
+def _scaled(values_NH, factor, dtype):
+    """values · factor, rounded once; in pieces, because the product in float32 would be a second gradient of weight."""
+    if values_NH.dtype == dtype:
+        return values_NH * factor
+    out_NH, rows = values_NH.new_empty(values_NH.shape, dtype=dtype), max(1, (1 << 20) // max(values_NH.shape[1], 1))
+    for piece, into in zip(values_NH.split(rows), out_NH.split(rows), strict=True):
+        into.copy_(piece * factor)
+    return out_NH
 
 
 def _input_grads_fake(hidden, weight, needs):
@@ -303,12 +315,13 @@ def _rows_grad_impl(grad, hidden, weight, labels, statistics, ignore_index, soft
         found = statistics[:, rows].contiguous()
         options = {"coefficients": coefficients, "recompute": True, "needs": needs}
         grads = _logit_chunks.run_native(hidden, weight, rows, local, softcap, found, **options)
-    out = _input_grads_fake(hidden, weight, needs)
+    grad_hidden, grad_weight = _common.absent(hidden), _common.absent(weight)
     if needs[0]:
-        out[0].zero_().index_copy_(0, rows, grads[0].to(hidden.dtype))
+        grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        grad_hidden.index_copy_(0, rows, grads[0].to(hidden.dtype))
     if needs[1]:
-        out[1].copy_(grads[1])
-    return out
+        grad_weight = grads[1].to(weight.dtype)
+    return grad_hidden, grad_weight
 
 
 def _rows_grad_fake(grad, hidden, weight, labels, statistics, ignore_index, softcap, vocab_start, needs):
@@ -360,6 +373,7 @@ def _samples(dtype, device, seed):
     yield make("loss of each row, strided views", 37, 48, 131, supervised=0.7, strided=True, reduction="none")
     yield make("all options", 43, 32, 301, supervised=0.8, weighted=True, softcap=5.0, z_loss=0.01, label_smoothing=0.1, ignore_index=0)
     yield make("all options, each row", 31, 24, 67, weighted=True, reduction="none", softcap=3.0, z_loss=0.02, label_smoothing=0.2)
+    yield make("logits made again", 300, 24, 1100, supervised=0.9, low_memory=True, softcap=4.0, z_loss=0.01, label_smoothing=0.1)
     yield make("weighted mean", 19, 17, 41, weighted=True, strided=True, reduction="mean", z_loss=0.1)
     yield make("one row", 1, 16, 37)
     yield make("a vocabulary of one", 13, 16, 1, z_loss=0.1, reduction="none")

@@ -54,7 +54,7 @@ def masked_lm_head(hidden, weight, rows):
         _common.check_shape("rows", rows, (hidden.shape[0],), "(T,) as bool")
         rows = rows.nonzero().squeeze(1)
     _common.check_shape("rows", rows, (None,), "(M,)")
-    return _lm_head(hidden, weight, rows)
+    return _common.call(_lm_head, _forward_impl, (hidden, weight, rows))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ flat ops
@@ -82,12 +82,13 @@ def _native_arguments(hidden, weight, rows, scratch):
 
 
 def _forward_impl(hidden, weight, rows):
-    check_rows(rows, hidden.shape[0])
     if backends.choose("masked_lm_head", hidden) == "reference":
+        check_rows(rows, hidden.shape[0])  # the native kernel does so itself
         return _common.run_reference(reference, hidden, weight, rows)
-    logits, rows, scratch = _forward_fake(hidden, weight, rows), rows.contiguous(), _gemm.scratch()
+    logits, rows, module = _forward_fake(hidden, weight, rows), rows.contiguous(), native.load()
+    scratch = hidden.new_empty(0) if rows.shape[0] <= module.masked_lm_head_thin_rows() else _gemm.scratch()
     gathered = torch.empty(4, -(-hidden.shape[1] // 16) * 16, dtype=torch.float32)
-    native.load().masked_lm_head_forward(*_native_arguments(hidden, weight, rows, scratch), logits.data_ptr(), gathered.data_ptr())
+    module.masked_lm_head_forward(*_native_arguments(hidden, weight, rows, scratch), logits.data_ptr(), gathered.data_ptr())
     return logits
 
 

@@ -49,7 +49,7 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
     results are kept as precise as they come. Raises ValueError for shapes, dtypes, devices or strides that do not fit.
     """
     _check(out_a, lse_a, out_b, lse_b)
-    return _merge(out_a, lse_a, out_b, lse_b)
+    return _common.call(_merge, _forward_impl, (out_a, lse_a, out_b, lse_b))
 
 
 def _check(out_a, lse_a, out_b, lse_b):

@@ -56,7 +56,7 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
     _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token)
     tensors = (x, ln_weight, ln_bias, w1, b1, w2, b2)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return _project(*tensors, list(grid), class_token, eps, save)[0]
+    return _common.call(_project, _forward_impl, tensors, list(grid), class_token, eps, save)[0]
 
 
 def _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token):

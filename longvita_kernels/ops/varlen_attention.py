@@ -109,10 +109,10 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *, max_seqlen_q=N
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     left, right = window_size
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
-    out, lse = _varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, -1 if max_seqlen_q is None else max_seqlen_q, -1 if max_seqlen_k is None else max_seqlen_k,
-        scale, left, 0 if causal else right, float(softcap), bool(deterministic),
-    )  # fmt: skip
+    longest = (-1 if n is None else n for n in (max_seqlen_q, max_seqlen_k))
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    settings = (scale, left, 0 if causal else right, float(softcap), bool(deterministic))
+    out, lse = _common.call(_varlen, _forward_impl, tensors, *longest, *settings)
     return (out, lse) if return_lse else out
 
 
@@ -135,9 +135,12 @@ def _check(q, k, v, cu_q, cu_k, window_size, softcap, softmax_scale):
     _common.check_attention_options(window_size, softcap, softmax_scale)
 
 
-def _check_values(q, k, cu_q, cu_k, max_q, max_k):
+def _check_offsets(q, k, cu_q, cu_k):
     _common.check_cu_seqlens_values("cu_seqlens_q", cu_q, q.shape[0])
     _common.check_cu_seqlens_values("cu_seqlens_k", cu_k, k.shape[0])
+
+
+def _check_longest(cu_q, cu_k, max_q, max_k):
     for name, limit, cu in (("max_seqlen_q", max_q, cu_q), ("max_seqlen_k", max_k, cu_k)):
         if limit >= 0 and len(cu) > 1 and _common.checks_values(cu):
             longest = int(cu.diff().max())
@@ -158,8 +161,9 @@ def native_cannot(*, softmax_scale=None, **_):
 
 
 def _forward_impl(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic):
-    _check_values(q, k, cu_q, cu_k, max_q, max_k)
+    _check_longest(cu_q, cu_k, max_q, max_k)
     if backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale)) == "reference":
+        _check_offsets(q, k, cu_q, cu_k)  # the native kernel does so itself
         return _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
     out, lse = _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
     threads, kernels = torch.get_num_threads(), native.load()

@@ -175,8 +175,16 @@ def test_videos_share_the_room_and_short_ones_leave_theirs(processor):
     assert np.diff([*starts, 32]).tolist() == [15, 2, 15]
 
 
+def test_an_error_names_the_conversation_where_there_are_several(processor):
+    fine, long = [user("x")], [user("x" * 50)]
+    with pytest.raises(DataError, match="^expected at most 20 tokens"):
+        processor(long, max_tokens=20)
+    with pytest.raises(DataError, match="^conversation:1: expected at most 20 tokens"):
+        processor([fine, long], max_tokens=20)
+
+
 def test_what_does_not_fit_is_too_long(processor):
-    with pytest.raises(DataError, match=r"memory:0: expected at most 20 tokens, got \d+; shorten the text") as caught:
+    with pytest.raises(DataError, match=r"^expected at most 20 tokens, got \d+; shorten the text") as caught:
         processor.encode([user("x" * 50), assistant("y")], max_tokens=20)
     assert caught.value.reason == "too_long"
     with pytest.raises(DataError, match=r"room for a frame of every video \(1 × 18 tokens\) in 30 tokens") as caught:

@@ -172,7 +172,7 @@ def test_prompts_end_with_the_user(write_jsonl):
 
 
 def test_other_things_than_samples_are_refused():
-    with pytest.raises(DataError, match="memory:0: expected a Sample, a row .* got 'hello'"):
+    with pytest.raises(DataError, match="^expected a Sample, a row .* got 'hello'"):
         as_sample("hello")
     with pytest.raises(DataError, match="got NoneType|got None"):
         as_sample(None)

@@ -258,7 +258,7 @@ def test_the_binding_checks_by_itself():
 
     good = torch.tensor([0, 4], dtype=torch.int32)
     for match, arguments in {
-        "end at the number of tokens": {},
+        "ends at 9 but there are 4 tokens": {},
         "at least one thread": {"cu": good, "threads": 0},
         "multiple of 8": {"cu": good, "shape": (4, 1, 33)},
         "dtype": {"cu": good, "code": 7},

@@ -1,6 +1,6 @@
 """A very small Long-VITA, packed rows for it, and a training run as a program of its own (for tests that kill it).
 
-    python -m tests.train.support RUN_DIR STEPS [CHECKPOINT_EVERY]
+python -m tests.train.support RUN_DIR STEPS [CHECKPOINT_EVERY]
 """
 
 import os

@@ -143,5 +143,3 @@ def test_gradient_helpers():
     named["b"].grad[0] = float("inf")
     named["c"].grad = torch.tensor([float("nan")])
     assert optim.first_non_finite(named) == "b"
-
-

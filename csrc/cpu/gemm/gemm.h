@@ -95,7 +95,7 @@ float* tile_product(const Operand& a, const Operand& b, const Tile& tile, int64_
 template <class Epilogue>
 void for_each_tile(const Operand& a, const Operand& b, const TileGrid& grid, int64_t K, bool pairs, int threads, float* scratch,
                    const Epilogue& epilogue) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (grid.count() > 1 && grid.M * grid.N * K > kWorthThreads)
   for (int64_t i = 0; i < grid.count(); ++i) {
     const Tile tile = tile_at(grid, i);
     epilogue(tile, tile_product(a, b, tile, K, pairs, scratch + omp_get_thread_num() * kScratchFloats));

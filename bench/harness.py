@@ -1,0 +1,176 @@
+"""A case, and how it is measured: correctness first, then everything interleaved, then peak memory.
+
+Shared machines change speed from second to second. So every call that is compared stands in the same rounds, one after the other; a figure
+is the median over the rounds, a ratio is taken within one case, and the ceiling is measured in the very same rounds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+OURS = "longvita"
+SAMPLE_SECONDS = 0.02  # a shorter call is repeated until one sample takes this long
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The tensors of a case, made: what to call.
+
+    calls   name → call without arguments; OURS is the op, other names starting with it are variants of it, the rest are peers
+    check   → what is wrong with the op on these tensors, as lines; empty if the accuracy rule holds
+    """
+
+    calls: dict[str, Callable[[], object]]
+    check: Callable[[], list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One op on one shape.
+
+    flops, bytes  useful work of one call: what the definition needs, masked pairs and recomputation not counted
+    ceiling       "mm" (torch.mm of the same dtype) or "read" (reading memory): what the share is a share of; None: nothing of the kind
+    goal          share of the ceiling that the op is meant to reach, or None
+    limit         seconds that a call may take, or None
+    heavy         left out unless asked for: minutes on a small machine
+    """
+
+    op: str
+    label: str
+    dtype: torch.dtype
+    direction: str
+    flops: int
+    bytes: int
+    ceiling: str | None
+    build: Callable[[], Setup]
+    goal: float | None = None
+    limit: float | None = None
+    heavy: bool = False
+
+    def __post_init__(self):
+        if self.ceiling not in ("mm", "read", None):
+            raise ValueError(f"ceiling is {self.ceiling!r}; expected 'mm', 'read' or None")
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}, {self.direction}, {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a case gave. seconds: name → median of one call (the ceiling under its own name); empty where problems were found."""
+
+    case: Case
+    problems: list[str]
+    seconds: dict[str, float] = field(default_factory=dict)
+    rounds: int = 0
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    ceiling_rate: float = 0.0  # FLOP/s of mm, bytes/s of read
+
+    @property
+    def share(self) -> float | None:
+        """Share of the ceiling that the op reached."""
+        if self.case.ceiling is None:
+            return None
+        work = self.case.flops if self.case.ceiling == "mm" else self.case.bytes
+        return work / self.seconds[OURS] / self.ceiling_rate
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal or limit was reached; None if there is none."""
+        if self.case.goal is not None:
+            return self.share >= self.case.goal
+        return None if self.case.limit is None else self.seconds[OURS] <= self.case.limit
+
+    @property
+    def peers(self) -> dict[str, float]:
+        """peer → how many times longer it takes than the op."""
+        return {name: s / self.seconds[OURS] for name, s in self.seconds.items() if not name.startswith(OURS)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- time
+
+
+def once(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> tuple[dict[str, float], int]:
+    """Median seconds of one call of each, over rounds of all of them that fill about `seconds`; and the number of rounds."""
+    first = {}
+    for name, call in calls.items():
+        call()  # whatever happens only once: compilation, packing, page faults
+        first[name] = once(call)
+    repeats = {name: max(1, math.ceil(SAMPLE_SECONDS / max(duration, 1e-7))) for name, duration in first.items()}
+    round_seconds = sum(first[name] * repeats[name] for name in calls)
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / round_seconds)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            samples[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: statistics.median(values) for name, values in samples.items()}, rounds
+
+
+# -------------------------------------------------------------------------------------------------------------------------------- memory
+
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
+
+
+def _status_bytes(key: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most memory that the process held during one call, above what it held before: results, scratch and what libraries take on the way.
+
+    Linux. Blocks from 64 KiB on go back to the system when they are freed, from the first use of this function on: take times before.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 64 << 10)
+    libc.mallopt(_M_TRIM_THRESHOLD, 0)
+    call()
+    gc.collect()
+    libc.malloc_trim(0)
+    before = _status_bytes("VmRSS")
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # the high-water mark begins anew
+    result = call()
+    peak = _status_bytes("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------- run
+
+
+def measure(case: Case, ceiling: tuple[Callable[[], object], int] | None, seconds: float, memory: bool = True) -> Result:
+    """Check, time and weigh one case. `ceiling`: a call, and the FLOPs or bytes that it does. An op that is wrong gets no times."""
+    setup = case.build()
+    problems = setup.check()
+    if problems:
+        return Result(case=case, problems=problems)
+    times, rounds = interleave(setup.calls if ceiling is None else {**setup.calls, "ceiling": ceiling[0]}, seconds)
+    rate = 0.0 if ceiling is None else ceiling[1] / times.pop("ceiling")
+    peaks = {name: peak_bytes(call) for name, call in setup.calls.items()} if memory else {}
+    return Result(case=case, problems=[], seconds=times, rounds=rounds, peak_bytes=peaks, ceiling_rate=rate)
+
+
+def gradients(function: Callable[..., torch.Tensor], inputs: tuple, grad: torch.Tensor) -> Callable[[], object]:
+    """A call that runs function(*inputs) forward and backward from `grad`."""
+    leaves = tuple(x.detach().requires_grad_() for x in inputs)
+    return lambda: torch.autograd.grad(function(*leaves), leaves, grad)

@@ -1,0 +1,67 @@
+"""What machine this is, and its ceilings."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench.harness import interleave
+from longvita_kernels import native
+
+MM_SIZE = 4096
+READ_BYTES = 1 << 30  # far beyond any cache
+
+
+def describe() -> dict:
+    """Machine, versions and commit, for the head of a result."""
+    with open("/proc/cpuinfo") as f:
+        cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in f)}
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in cpu.get("flags", "").split()]
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git.stdout.strip(),
+        "cpu": cpu.get("model name", platform.processor()),
+        "cores": len(os.sched_getaffinity(0)),
+        "flags": flags,
+        "isa": native.isa(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def mm(dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """torch.mm of MM_SIZE³ in a dtype: the call, and its FLOPs."""
+    a, b = (torch.randn(MM_SIZE, MM_SIZE).to(dtype) for _ in range(2))
+    return lambda: torch.mm(a, b), 2 * MM_SIZE**3
+
+
+def read() -> tuple[Callable[[], object], int]:
+    """Reading memory with all threads: the call, and its bytes."""
+    data, module, threads = torch.zeros(READ_BYTES, dtype=torch.uint8), native.load(), torch.get_num_threads()
+    size = READ_BYTES // (64 * threads) * (64 * threads)
+    return lambda: (module.machine_read(data.data_ptr(), size, threads), data), size
+
+
+def register_peak(pairs: bool) -> tuple[Callable[[], object], int]:
+    """Multiply-adds that never leave the registers: fp32, or pairs of bf16 where the CPU has them."""
+    module, threads, rounds = native.load(), torch.get_num_threads(), 1_000_000
+    flops = module.machine_multiply_add(rounds, pairs, threads)
+    return lambda: module.machine_multiply_add(rounds, pairs, threads), flops
+
+
+def measure_ceilings(seconds: float) -> dict[str, float]:
+    """FLOP/s and bytes/s of everything above, measured together."""
+    calls = {"mm float32": mm(torch.float32), "mm bfloat16": mm(torch.bfloat16), "read": read(), "registers float32": register_peak(False)}
+    if native.isa() in ("avx512bf16", "emulated"):
+        calls["registers bfloat16"] = register_peak(True)
+    times, _ = interleave({name: call for name, (call, _) in calls.items()}, seconds)
+    return {name: work / times[name] for name, (_, work) in calls.items()}

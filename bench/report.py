@@ -1,0 +1,107 @@
+"""Results as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bench.harness import OURS, Result
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB" if count >= 10 << 20 else f"{count / 2**20:.1f} MiB"
+
+
+def rate(result: Result, name: str) -> str:
+    case = result.case
+    if case.ceiling is None:
+        return ""
+    if case.ceiling == "read":
+        return f"{case.bytes / result.seconds[name] / 1e9:.1f} GB/s"
+    return f"{case.flops / result.seconds[name] / 1e9:.1f} GFLOP/s"
+
+
+def lines(result: Result) -> list[str]:
+    """A few lines of text about one result."""
+    case = result.case
+    if result.problems:
+        return [f"{case.op}: {case.name}", *(f"    REFUSED: {problem}" for problem in result.problems)]
+    facts = [f"{result.rounds} rounds"]
+    if case.ceiling is not None:
+        unit = "GFLOP/s" if case.ceiling == "mm" else "GB/s"
+        facts.insert(0, f"{result.share:.2f} × {case.ceiling} ({result.ceiling_rate / 1e9:.1f} {unit})")
+    if result.met is not None:
+        goal = f"goal {case.goal:.2f}" if case.goal is not None else f"limit {_duration(case.limit)}"
+        facts.insert(-1, f"{goal} {'met' if result.met else 'NOT MET'}")
+    out = [f"{case.op}: {case.name}", f"    {', '.join(facts)}"]
+    for name, seconds in result.seconds.items():
+        ratio = "" if name == OURS else f"{seconds / result.seconds[OURS]:6.2f} ×"
+        memory = _size(result.peak_bytes[name]) if name in result.peak_bytes else ""
+        out.append(f"    {name:34s} {_duration(seconds):>10s} {rate(result, name):>16s} {ratio:>9s} {memory:>10s}")
+    return out
+
+
+def as_dict(result: Result) -> dict:
+    """One result for JSON."""
+    case = result.case
+    out = {
+        "op": case.op, "case": case.label, "direction": case.direction, "dtype": str(case.dtype).removeprefix("torch."),
+        "flops": case.flops, "bytes": case.bytes, "ceiling": case.ceiling, "goal": case.goal, "limit": case.limit,
+        "problems": result.problems,
+    }  # fmt: skip
+    if not result.problems:
+        out |= {
+            "ceiling_rate": result.ceiling_rate, "share": result.share and round(result.share, 4), "met": result.met,
+            "rounds": result.rounds, "seconds": {name: float(f"{s:.4g}") for name, s in result.seconds.items()},
+            "peak_bytes": result.peak_bytes,
+        }  # fmt: skip
+    return out
+
+
+def write_json(path: Path, report: dict) -> None:
+    """Written beside and renamed, so that a file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def plot(path: Path, results: list[Result]) -> None:
+    """Bars: share of the ceiling, the op and its peers side by side, one group a case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    good = [r for r in results if not r.problems and r.case.ceiling is not None]
+    if not good:
+        raise ValueError("there is nothing to plot: expected at least one case that has a ceiling and passed its check; choose others")
+    names = list(dict.fromkeys(name for r in good for name in r.seconds))
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.32 * sum(len(r.seconds) + 1 for r in good)))
+    at, ticks, labels = 0.0, [], []
+    colours = dict(zip(names, plt.get_cmap("tab10").colors * 3, strict=False))
+    seen = set()
+    for r in good:
+        start = at
+        for name, seconds in r.seconds.items():
+            share = r.share * r.seconds[OURS] / seconds
+            axes.barh(at, share, color=colours[name], label=None if name in seen else name)
+            axes.text(share, at, f" {share:.2f}", va="center", fontsize=7)
+            seen.add(name)
+            at += 1
+        if r.case.goal is not None:
+            axes.plot([r.case.goal] * 2, [start - 0.5, at - 0.5], color="black", linewidth=1)
+        ticks.append((start + at - 1) / 2)
+        labels.append(f"{r.case.label}\n{r.case.direction}, {str(r.case.dtype).removeprefix('torch.')}")
+        at += 1
+    axes.set_yticks(ticks, labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the ceiling (torch.mm of the same dtype, or reading memory); black line: goal")
+    axes.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,128 @@
+"""The benchmark measures what it says, refuses what is wrong, and knows every op."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import harness, machine, report, varlen_attention
+from longvita_kernels import testing
+from longvita_kernels.ops.varlen_attention import SPEC
+from longvita_kernels.spec import SampleInput, all_specs
+
+
+def _case(calls, check=list, **options):
+    options = {"op": "varlen_attention", "flops": 1000, "bytes": 1000, "ceiling": "mm", **options}
+    setup = harness.Setup(calls=calls, check=check)
+    return harness.Case(label="made up", dtype=torch.float32, direction="forward", build=lambda: setup, **options)
+
+
+def test_times_are_medians_of_interleaved_rounds():
+    order, slow = [], iter([0.2] + [0.0] * 100)
+
+    def first():
+        order.append("a")
+        time.sleep(0.021)
+
+    def second():
+        order.append("b")
+        time.sleep(0.042 + next(slow))
+
+    seconds, rounds = harness.interleave({"a": first, "b": second}, seconds=0.3)
+    assert rounds >= 3 and order[4:] == ["a", "b"] * rounds
+    assert 0.02 < seconds["a"] < 0.035 and 0.04 < seconds["b"] < 0.06
+
+
+def test_share_and_ratios_come_from_one_run():
+    case = _case({"longvita": lambda: time.sleep(0.03), "peer": lambda: time.sleep(0.06)}, goal=0.5, flops=30)
+    result = harness.measure(case, (lambda: time.sleep(0.02), 40), seconds=0.5, memory=False)
+    assert result.share == pytest.approx(0.5, rel=0.2)  # 30 in 30 ms against 40 in 20 ms
+    assert result.peers["peer"] == pytest.approx(2.0, rel=0.2)
+    assert result.met is (result.share >= 0.5)
+
+
+def test_a_wrong_op_gets_no_times():
+    called = []
+    case = _case({"longvita": lambda: called.append(1)}, check=lambda: ["out: off by 5 %"])
+    result = harness.measure(case, (lambda: None, 1), seconds=0.1)
+    assert not called and not result.seconds
+    assert any("REFUSED: out: off by 5 %" in line for line in report.lines(result))
+    assert "seconds" not in report.as_dict(result)
+
+
+def test_peak_memory_sees_what_a_call_held_for_a_moment():
+    def holds(mebibytes):
+        def call():
+            held = torch.ones(mebibytes << 18)
+            return held.sum()
+
+        return call
+
+    assert 30 << 20 < harness.peak_bytes(holds(32)) < 40 << 20
+    assert harness.peak_bytes(lambda: None) < 4 << 20
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_blockwise_definition_is_the_definition(causal):
+    sample = next(s for s in SPEC.samples(torch.float32, "cpu", 0) if s.label.startswith("group of 4"))
+    q, k, v, cu = sample.args[:4]
+    sample = SampleInput("", (q, k, v, cu), {"causal": causal}, ("q", "k", "v"))
+    run = testing.run(lambda *a, **kw: (SPEC.reference(*a, **kw), q[:, 0, 0]), SPEC, sample, used=("out",), double=True)
+    grad = testing.cotangent(run.outputs["out"], 0)
+    got = varlen_attention.in_blocks(q, k, v, cu, grad, causal, torch.float64, heads=(0, 1), block=8)
+    for name, x, ref in zip(("out", "q", "k", "v"), got, (run.outputs["out"], *run.grads.values()), strict=True):
+        torch.testing.assert_close(x, ref, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_is_checked_on_the_tensors_that_are_timed(backward, monkeypatch):
+    setup = varlen_attention._build((40, 25), (4, 2), 32, True, torch.float32, backward, pairs=1 << 30)
+    assert setup.check() == []
+    right = varlen_attention.varlen_attention
+    monkeypatch.setattr(varlen_attention, "varlen_attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.05)
+    assert setup.check()
+
+
+def test_peers_agree_with_the_op():
+    lengths = (16, 16)
+    setup = varlen_attention._build(lengths, (4, 2), 32, True, torch.float32, True, pairs=1)
+    ours = setup.calls["longvita"]()
+    for name, call in setup.calls.items():
+        for ref, got in zip(ours, call(), strict=True):
+            torch.testing.assert_close(got, ref, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_ceilings_are_plausible():
+    call, flops = machine.register_peak(pairs=False)
+    rate = flops / min(harness.once(call) for _ in range(3))
+    assert 1e8 < rate < 1e13
+    call, size = machine.read()
+    assert 1e8 < size / min(harness.once(call) for _ in range(3)) < 1e13
+
+
+def test_every_op_has_cases_with_unique_names():
+    cases = command.select(command._arguments(["--heavy"]))
+    names = [(case.op, case.name) for case in cases]
+    assert len(set(names)) == len(names)
+    assert {case.op for case in cases} == set(all_specs())
+
+
+def test_a_small_run_ends_with_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "measure_ceilings", lambda seconds: {"mm float32": 1e9})
+    arguments = ["dispatch", "--case", "tiny", "--seconds", "0", "--no-memory", "--no-peers", "--json", str(tmp_path / "out.json")]
+    assert command.main(arguments) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == json.loads((tmp_path / "out.json").read_text())
+    assert {result["op"] for result in last["results"]} == set(all_specs())
+    assert all(set(result["seconds"]) == {"longvita"} for result in last["results"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["nonsense"], "expected one of varlen_attention"), (["--case", "nothing like it"], "no case fits"), (["--runs", "0"], "at least 1")],
+)
+def test_wrong_usage_is_one_line(arguments, words, capsys):
+    assert command.main(arguments) == 2
+    assert words in capsys.readouterr().err
