@@ -37,20 +37,31 @@ inline KvCache kv_cache(int dtype, const CacheArgs& a, const SideArgs& k, const 
 }
 
 // appended: lengths count the tokens before the new ones (append_kv), otherwise all of them (decode_attention).
+// In the words of ops/_cache.py, which checks where these kernels do not run.
 inline Sequences sequences(int64_t batch, uintptr_t offsets, uintptr_t lengths, int64_t tokens, const KvCache& cache, bool appended) {
   check(batch > 0, "sequences: batch must be positive");
   Sequences s{batch, pointer<const int32_t>(offsets, batch + 1, "cu_seqlens_q"), pointer<const int32_t>(lengths, batch, "cache_seqlens")};
   check(cache.table != nullptr || cache.rows == batch, "cache: expected one row per sequence");
   const int64_t capacity = cache.table == nullptr ? cache.row_size : cache.row_size * cache.table_columns;
-  check(s.offsets[0] == 0 && s.offsets[batch] == tokens, "cu_seqlens_q: expected to start at 0 and end at the token count");
+  check(s.offsets[0] == 0, "cu_seqlens_q starts at ", s.offsets[0], "; expected 0");
+  check(s.offsets[batch] == tokens, "cu_seqlens_q ends at ", s.offsets[batch], " but there are ", tokens,
+        " tokens; its last entry must be the number of tokens");
+  for (int64_t b = 0; b < batch; ++b) {
+    check(s.offsets[b] <= s.offsets[b + 1], "cu_seqlens_q falls from ", s.offsets[b], " to ", s.offsets[b + 1], " at index ", b + 1,
+          "; document offsets must not decrease");
+  }
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t fresh = int64_t(s.offsets[b + 1]) - s.offsets[b], first = appended ? s.lengths[b] : 0;
     const int64_t end = int64_t(s.lengths[b]) + (appended ? fresh : 0);
-    check(fresh >= 0 && s.lengths[b] >= 0 && end <= capacity, "cache_seqlens: a sequence does not fit its cache");
+    if (s.lengths[b] < 0 || end > capacity) {
+      const std::string length = std::to_string(s.lengths[b]);
+      const std::string what = appended ? length + " tokens in the cache and " + std::to_string(fresh) + " new ones" : "length " + length;
+      check(false, "cache_seqlens: sequence ", b, " has ", what, ", but its cache holds 0 to ", capacity, "; use a larger cache or more blocks");
+    }
     if (cache.table == nullptr || end == first) continue;
     for (int64_t i = first / cache.row_size; i <= (end - 1) / cache.row_size; ++i) {
       const int32_t block = cache.table[b * cache.table_stride + i];
-      check(block >= 0 && block < cache.rows, "block_table: a block that is in use is out of range");
+      check(block >= 0 && block < cache.rows, "block_table: sequence ", b, " uses block ", block, "; expected 0 to ", cache.rows - 1);
     }
   }
   return s;

@@ -144,7 +144,7 @@ void check_scratch(const VarlenProblem& p, bool backward, int64_t size) {
   check(size >= scratch(p, backward), "varlen_attention: scratch is too small");
 }
 
-void forward(const VarlenProblem& p, uintptr_t out, uintptr_t lse, uintptr_t buffer, int64_t size) {
+void forward(const VarlenProblem& p, uintptr_t out, uintptr_t lse, uintptr_t lse_rest, uintptr_t buffer, int64_t size) {
   check_scratch(p, false, size);
   const AttentionTiles t = attention_kernels().tiles(p);
   py::gil_scoped_release release;
@@ -153,13 +153,14 @@ void forward(const VarlenProblem& p, uintptr_t out, uintptr_t lse, uintptr_t buf
   f.p = p;
   f.out = rows3(out, p.dtype, p.q.tokens, p.q.heads, p.q.dim, p.q.heads * p.q.dim, p.q.dim, "out");
   f.lse = pointer<float>(lse, p.q.tokens * p.q.heads, "lse");
+  f.lse_rest = pointer<float>(lse_rest, p.q.tokens * p.q.heads, "lse_rest");
   f.tasks = plan.tasks.data(), f.n_tasks = int64_t(plan.tasks.size());
   f.scratch = pointer<float>(buffer, size, "scratch"), f.scratch_per_thread = t.forward_scratch;
   attention_kernels().forward(f);
 }
 
-void backward(const VarlenProblem& p, uintptr_t out, Strides out_stride, uintptr_t lse, std::array<int64_t, 2> lse_stride, uintptr_t grad_out,
-              Strides grad_out_stride, uintptr_t grad_lse, std::array<int64_t, 2> grad_lse_stride, std::array<uintptr_t, 3> grads,
+void backward(const VarlenProblem& p, uintptr_t out, Strides out_stride, uintptr_t lse, uintptr_t lse_rest,
+              std::array<int64_t, 2> lse_stride, uintptr_t grad_out, Strides grad_out_stride, uintptr_t grad_lse, std::array<int64_t, 2> grad_lse_stride, std::array<uintptr_t, 3> grads,
               std::array<bool, 3> needs, uintptr_t buffer, int64_t size) {
   check_scratch(p, true, size);
   const AttentionTiles t = attention_kernels().tiles(p);
@@ -169,6 +170,7 @@ void backward(const VarlenProblem& p, uintptr_t out, Strides out_stride, uintptr
   b.out = tensor(out, p.dtype, q_size, out_stride, "out");
   b.grad_out = tensor(grad_out, p.dtype, q_size, grad_out_stride, "grad_out");
   const int64_t rows = p.q.tokens * p.q.heads;
+  b.lse_rest = pointer<const float>(lse_rest, rows, "lse_rest");
   b.lse = pointer<const float>(lse, rows, "lse"), b.lse_stride_head = lse_stride[0], b.lse_stride_token = lse_stride[1];
   b.grad_lse = reinterpret_cast<const float*>(grad_lse);
   b.grad_lse_stride_head = grad_lse_stride[0], b.grad_lse_stride_token = grad_lse_stride[1];

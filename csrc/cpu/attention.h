@@ -42,6 +42,7 @@ struct AttentionForward {
   AttentionProblem p;
   Rows3 out;                     // dense
   float* lse = nullptr;          // (Hq, Tq) dense
+  float* lse_rest = nullptr;     // likewise: what rounding took from lse
   const AttentionTask* tasks = nullptr;
   int64_t n_tasks = 0;
   float* scratch = nullptr;      // threads * forward_scratch
@@ -52,6 +53,7 @@ struct AttentionBackward {
   AttentionProblem p;
   Rows3 out, grad_out;
   const float* lse = nullptr;
+  const float* lse_rest = nullptr;          // strides as lse
   const float* grad_lse = nullptr;          // may be null: zeros
   int64_t lse_stride_head = 0, lse_stride_token = 0, grad_lse_stride_head = 0, grad_lse_stride_token = 0;
   char *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;      // dense; null: not wanted

@@ -58,40 +58,36 @@ struct BackwardScratch {
 
 struct Wanted { bool q, kv; };
 
-// delta = g · out − grad_lse, and the lse in log2 units as lse + rest; a row that saw nothing gets lse +inf: its probabilities are 0.
-template <class T>
-void row_statistics(const AttentionBackward& b, const Panel& panel, float* lse, float* rest, float* delta) {
-  const int64_t dim = b.p.dim();
+// delta = g · out. In eight sums, because what follows is dP − delta: its rounding errors stand in every dS of the row.
+template <class Op>
+void row_deltas(const Panel& panel, int64_t units, const typename Op::unit* g, const typename Op::unit* out, float* delta) {
+  constexpr int kSums = 8;
   for (int v = 0; v < panel.vectors; ++v) {
-    const int first = v * W, lanes = std::min(W, panel.rows - first);
-    vf block[W];      // row sums, by transposition: lane i of their total belongs to row i
-    for (int i = 0; i < W; ++i) {
-      block[i] = vf{};
-      if (i >= lanes) continue;
-      const T *o = panel.row<const T>(b.out, first + i), *g = panel.row<const T>(b.grad_out, first + i);
-      for (int64_t c = 0; c < dim; c += W) {
-        const int n = int(std::min<int64_t>(W, dim - c));
-        block[i] = load_n(o + c, n) * load_n(g + c, n) + block[i];
+    vf sum[kSums] = {};
+    for (int64_t r = 0; r < units; r += kSums / Op::kPer) {      // dim is a multiple of 8
+#pragma GCC unroll 8
+      for (int i = 0; i < kSums / Op::kPer; ++i) {
+        const int64_t at = (r + i) * kLanes + v * W;
+        sum[i] = Op::mad(sum[i], Op::load_units(g + at), Op::load_units(out + at));
       }
     }
-    transpose(block);
-    for (int half = W / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) block[i] += block[i + half];
+    store(delta + v * W, ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7])));
+  }
+}
+
+// Subtracts grad_lse from delta; the lse in log2 units as lse + rest. A row that saw nothing gets lse +inf: its probabilities are 0.
+inline void row_statistics(const AttentionBackward& b, const Panel& panel, float* lse, float* rest, float* delta) {
+  for (int i = 0; i < panel.vectors * W; ++i) {
+    lse[i] = rest[i] = 0.0f;
+    if (i >= panel.rows) continue;
+    const int64_t head = panel.head[i], token = panel.token[i], at = head * b.lse_stride_head + token * b.lse_stride_token;
+    if (b.lse[at] == -kInf) {
+      lse[i] = kInf, delta[i] = 0.0f;
+      continue;
     }
-    store(delta + first, block[0]);
-    for (int i = first; i < first + W; ++i) {
-      lse[i] = rest[i] = 0.0f;
-      if (i >= panel.rows) continue;
-      const int64_t head = panel.head[i], token = panel.token[i];
-      const float row_lse = b.lse[head * b.lse_stride_head + token * b.lse_stride_token];
-      if (row_lse == -kInf) {
-        lse[i] = kInf, delta[i] = 0.0f;
-        continue;
-      }
-      const double log2_units = row_lse * 1.4426950408889634;
-      lse[i] = float(log2_units), rest[i] = float(log2_units - lse[i]);
-      if (b.grad_lse != nullptr) delta[i] -= b.grad_lse[head * b.grad_lse_stride_head + token * b.grad_lse_stride_token];
-    }
+    const double log2_units = (double(b.lse[at]) + b.lse_rest[at]) * 1.4426950408889634;
+    lse[i] = float(log2_units), rest[i] = float(log2_units - lse[i]);
+    if (b.grad_lse != nullptr) delta[i] -= b.grad_lse[head * b.grad_lse_stride_head + token * b.grad_lse_stride_token];
   }
 }
 
@@ -100,9 +96,12 @@ Panel load_panel(const AttentionBackward& b, const Unit& u, int64_t row0, int64_
   const Panel panel = make_panel(b.p, u, row0, s.low + index * kLanes, s.high + index * kLanes);
   if (want.q) std::fill_n(s.grad_q + index * s.dim * kLanes, s.dim * kLanes, 0.0f);
   if (panel.max_high == 0) return panel;      // sees nothing
-  row_statistics<T>(b, panel, s.lse + index * kLanes, s.lse_rest + index * kLanes, s.delta + index * kLanes);
-  pack_lanes<Op, T>(panel, b.p.q, s.dim, s.q + index * s.ld * kLanes);
-  pack_lanes<Op, T>(panel, b.grad_out, s.dim, s.g + index * s.ld * kLanes);
+  typename Op::unit *q = s.q + index * s.ld * kLanes, *g = s.g + index * s.ld * kLanes;
+  pack_lanes<Op, T>(panel, b.grad_out, s.dim, g);
+  pack_lanes<Op, T>(panel, b.out, s.dim, q);      // only for the next line
+  row_deltas<Op>(panel, s.ld, g, q, s.delta + index * kLanes);
+  row_statistics(b, panel, s.lse + index * kLanes, s.lse_rest + index * kLanes, s.delta + index * kLanes);
+  pack_lanes<Op, T>(panel, b.p.q, s.dim, q);
   if (want.kv) {
     const int64_t at = index * (kLanes / Op::kPer) * s.wide, padded = round_up(panel.rows, 2);
     pack_summed<Op, T>(panel.rows, padded, s.dim, [&](int64_t i) { return panel.row<const T>(b.p.q, int(i)); }, s.q_rows + at, s.wide);

@@ -114,29 +114,37 @@ void forward_panel(const ForwardScratch<Op>& s, const Panel& panel, int64_t inde
                      s.v + span.begin / Op::kPer * s.dim, s.dim, out, kLanes, !first);
 }
 
-// lse = ln 2 · (top · (exponent + rest) + log2(sum)), in double: the backward lives on its last bits.
-LV_INLINE vf log_sum_exp(vf top, vf sum, const Scaling& s) {
+// lse + rest = ln 2 · (top · (exponent + rest) + log2(sum)), in double: the backward lives on its last bits.
+struct LogSumExp { vf lse, rest; };
+LV_INLINE LogSumExp log_sum_exp(vf top, vf sum, const Scaling& s) {
   typedef double vd __attribute__((vector_size(W * 8)));
   const vf rounded = top * s.exponent;      // what the probabilities were taken relative to
   vf log2_sum = vlog2_fraction(sum);
   const vd whole = __builtin_convertvector(vlog2_whole(sum), vd);
   const vd total = __builtin_convertvector(rounded, vd) + __builtin_convertvector(top, vd) * double(s.rest) + whole +
                    __builtin_convertvector(log2_sum, vd);
-  return __builtin_convertvector(total * 0.6931471805599453094, vf);
+  const vd exact = total * 0.6931471805599453094;
+  const vf lse = __builtin_convertvector(exact, vf);
+  return {lse, __builtin_convertvector(exact - __builtin_convertvector(lse, vd), vf)};
 }
 
 template <class T>
 void finish_panel(const AttentionForward& f, const Panel& panel, const Scaling& scaling, const float* top, float* sum, const float* out,
                   bool untouched) {
   const AttentionProblem& p = f.p;
-  float lse[kLanes];
+  float lse[kLanes], rest[kLanes];
   for (int v = 0; v < panel.vectors; ++v) {
     const vf total = untouched ? vf{} : load(sum + v * W);
     const vi nothing = (vi)(total == 0.0f);
-    store(lse + v * W, select(nothing, splat(-kInf), log_sum_exp(select(nothing, vf{}, load(top + v * W)), total, scaling)));
+    const LogSumExp found = log_sum_exp(select(nothing, vf{}, load(top + v * W)), total, scaling);
+    store(lse + v * W, select(nothing, splat(-kInf), found.lse));
+    store(rest + v * W, select(nothing, vf{}, found.rest));
     store(sum + v * W, select(nothing, vf{}, 1.0f / total));
   }
-  for (int i = 0; i < panel.rows; ++i) f.lse[panel.head[i] * p.q.tokens + panel.token[i]] = lse[i];
+  for (int i = 0; i < panel.rows; ++i) {
+    const int64_t at = panel.head[i] * p.q.tokens + panel.token[i];
+    f.lse[at] = lse[i], f.lse_rest[at] = rest[i];
+  }
   if (untouched) {
     for (int i = 0; i < panel.rows; ++i) std::fill_n(reinterpret_cast<char*>(panel.row<T>(f.out, i)), size_t(p.dim()) * sizeof(T), char(0));
   } else {

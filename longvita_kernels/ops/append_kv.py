@@ -67,8 +67,12 @@ native_cannot = _cache.native_cannot
 
 
 def _append_impl(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale):
-    _cache.check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, k.shape[0], appended=True)
-    if backends.choose("append_kv", k, native_cannot(k_cache=k_cache)) == "reference":
+    backend = backends.choose("append_kv", k, native_cannot(k_cache=k_cache))
+    if backend == "reference" or k.shape[0] == 0:  # the native kernel does so itself
+        _cache.check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, k.shape[0], appended=True)
+    if k.shape[0] == 0:
+        return
+    if backend == "reference":
         with torch.no_grad():
             write_reference(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
         return

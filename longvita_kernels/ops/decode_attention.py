@@ -116,8 +116,10 @@ native_cannot = _cache.native_cannot
 
 
 def _decode_impl(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale, causal, left, right, softcap, scale):
-    _cache.check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, q.shape[0], appended=False)
-    if backends.choose("decode_attention", q, native_cannot(k_cache=k_cache)) == "reference":
+    backend = backends.choose("decode_attention", q, native_cannot(k_cache=k_cache))
+    if backend == "reference" or q.shape[0] == 0:  # the native kernel does so itself
+        _cache.check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, q.shape[0], appended=False)
+    if backend == "reference":
         return _common.run_reference(
             reference, q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table=block_table, causal=causal, window_size=(left, right),
             softcap=softcap, k_scale=k_scale, v_scale=v_scale, softmax_scale=scale, return_lse=True,

@@ -112,7 +112,7 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *, max_seqlen_q=N
     longest = (-1 if n is None else n for n in (max_seqlen_q, max_seqlen_k))
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     settings = (scale, left, 0 if causal else right, float(softcap), bool(deterministic))
-    out, lse = _common.call(_varlen, _forward_impl, tensors, *longest, *settings)
+    out, lse, _ = _common.call(_varlen, _forward_impl, tensors, *longest, *settings)
     return (out, lse) if return_lse else out
 
 
@@ -164,14 +164,15 @@ def _forward_impl(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap
     _check_longest(cu_q, cu_k, max_q, max_k)
     if backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale)) == "reference":
         _check_offsets(q, k, cu_q, cu_k)  # the native kernel does so itself
-        return _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
-    out, lse = _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
+        out, lse = _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
+        return out, lse, torch.zeros_like(lse)
+    out, lse, lse_rest = _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
     threads, kernels = torch.get_num_threads(), native.load()
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     problem = _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads)
     scratch = q.new_empty(kernels.varlen_attention_scratch(problem, False), dtype=torch.float32)
-    kernels.varlen_attention_forward(problem, out.data_ptr(), lse.data_ptr(), scratch.data_ptr(), scratch.numel())
-    return out, lse
+    kernels.varlen_attention_forward(problem, out.data_ptr(), lse.data_ptr(), lse_rest.data_ptr(), scratch.data_ptr(), scratch.numel())
+    return out, lse, lse_rest
 
 
 def _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads):
@@ -182,10 +183,13 @@ def _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads):
 
 
 def _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=_common.compute_dtype(q))
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=_common.compute_dtype(q))
+    return q.new_empty(q.shape), lse, torch.empty_like(lse)
 
 
-def _backward_impl(grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, needs):
+def _backward_impl(
+    grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, needs
+):  # fmt: skip
     if backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale)) == "reference":
 
         def definition(q, k, v):
@@ -200,14 +204,16 @@ def _backward_impl(grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, max_q, max
     problem = _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads)
     scratch = q.new_empty(kernels.varlen_attention_scratch(problem, True), dtype=torch.float32)
     kernels.varlen_attention_backward(
-        problem, out.data_ptr(), out.stride(), lse.data_ptr(), lse.stride(), grad_out.data_ptr(), grad_out.stride(),
+        problem, out.data_ptr(), out.stride(), lse.data_ptr(), lse_rest.data_ptr(), lse.stride(), grad_out.data_ptr(), grad_out.stride(),
         *_common.pointer_and_strides(grad_lse, 2), [grad.data_ptr() if need else 0 for grad, need in zip(grads, needs, strict=True)],
         needs, scratch.data_ptr(), scratch.numel(),
     )  # fmt: skip
     return grads
 
 
-def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, needs):
+def _backward_fake(
+    grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, needs
+):  # fmt: skip
     return _empty_gradients((q, k, v), needs)
 
 
@@ -217,11 +223,12 @@ def _empty_gradients(inputs, needs):
 
 def _setup_context(ctx, inputs, output):
     q, k, v, cu_q, cu_k, *ctx.settings = inputs
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)  # an unused output costs nothing: its gradient arrives as None
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
 
 
-def _backward(ctx, grad_out, grad_lse):
+def _backward(ctx, grad_out, grad_lse, _):
     needs = list(ctx.needs_input_grad[:3])
     if grad_out is None and grad_lse is None:
         return (None,) * 12
@@ -232,12 +239,13 @@ def _backward(ctx, grad_out, grad_lse):
 _SETTINGS = "int max_seqlen_q, int max_seqlen_k, float scale, int left, int right, float softcap, bool deterministic"
 _varlen_backward = _common.define_op(
     "varlen_attention_backward",
-    "(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    f"{_SETTINGS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    "(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lse_rest, Tensor cu_seqlens_q, "
+    f"Tensor cu_seqlens_k, {_SETTINGS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     _backward_impl, _backward_fake,
 )  # fmt: skip
 _varlen = _common.define_op(
-    "varlen_attention", f"(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, {_SETTINGS}) -> (Tensor, Tensor)",
+    "varlen_attention",
+    f"(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
     _forward_impl, _forward_fake, backward=_backward, setup_context=_setup_context,
 )  # fmt: skip
 
@@ -308,17 +316,18 @@ def _flat_calls(sample):
     scale = arguments.get("softmax_scale") or 1 / math.sqrt(q.shape[-1])
     settings = (-1, -1, scale, left, 0 if arguments.get("causal", True) else right, arguments.get("softcap", 0.0), False)
     yield _varlen, (q, k, v, cu_q, cu_k, *settings)
-    out, lse = _varlen(q.detach(), k.detach(), v.detach(), cu_q, cu_k, *settings)
-    yield _varlen_backward, (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, cu_q, cu_k, *settings, [True] * 3)
-    yield _varlen_backward, (torch.ones_like(out), None, q, k, v, out, lse, cu_q, cu_k, *settings, [True, False, False])
+    saved = q, k, v, *_varlen(q.detach(), k.detach(), v.detach(), cu_q, cu_k, *settings), cu_q, cu_k
+    out, lse = saved[3:5]
+    yield _varlen_backward, (torch.ones_like(out), torch.ones_like(lse), *saved, *settings, [True] * 3)
+    yield _varlen_backward, (torch.ones_like(out), None, *saved, *settings, [True, False, False])
 
 
-# Rows that see few keys: there the composition is exact by luck (one key: P = 1, and P·dP − P·ΣP·dP = 0), while every method that does not
-# keep P recomputes it from lse, rounded to float32, and subtracts a delta summed in another order. torch's flash SDPA errs as much or more.
-_RECOMPUTED = Tolerance(6.0, 2.5, "P comes from lse and delta from grad_out·out, not from a stored P: not exact in rows that see few keys")
+# dS = P · (dP − delta), with delta from the rounded out: the composition, which sums its stored P · dP, cancels more exactly in a few rows
+# (with one key, where dS is 0, by luck completely). The largest error shows it, the norm does not. torch's flash SDPA errs as much or more.
+_FROM_OUT = Tolerance(4.0, 1.5, "delta comes from the rounded out, not from a stored P: dP − delta cancels less exactly in a few rows")
 
 SPEC = OpSpec(
     name="varlen_attention", op=varlen_attention, reference=reference, base=base, samples=_samples, outputs=("out", "lse"),
     bytes=_bytes, flops=_flops, flat_calls=_flat_calls,
-    autocast=("q", "k", "v"), tolerances={(f"grad {name}", torch.float32): _RECOMPUTED for name in "qkv"},
+    autocast=("q", "k", "v"), tolerances={(f"grad {name}", torch.float32): _FROM_OUT for name in "qk"},
 )  # fmt: skip

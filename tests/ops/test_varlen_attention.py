@@ -268,4 +268,4 @@ def test_the_binding_checks_by_itself():
         with pytest.raises(ValueError, match=match):
             problem(**arguments)
     with pytest.raises(ValueError, match="scratch is too small"):
-        kernels.varlen_attention_forward(problem(cu=good), q.data_ptr(), q.data_ptr(), q.data_ptr(), q.numel())
+        kernels.varlen_attention_forward(problem(cu=good), *[q.data_ptr()] * 4, q.numel())
