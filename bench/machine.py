@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import interleave
+from bench.harness import interleave, once
 from longvita_kernels import native
 
-MM_SIZE = 4096
+MM_SIZES = (4096, 1024)  # the second where the first would take longer than MM_SECONDS: bf16 on a CPU that has no such instruction
+MM_SECONDS = 5.0
 READ_BYTES = 1 << 30  # far beyond any cache
 
 
@@ -39,9 +40,15 @@ def describe() -> dict:
 
 
 def mm(dtype: torch.dtype) -> tuple[Callable[[], object], int]:
-    """torch.mm of MM_SIZE³ in a dtype: the call, and its FLOPs."""
-    a, b = (torch.randn(MM_SIZE, MM_SIZE).to(dtype) for _ in range(2))
-    return lambda: torch.mm(a, b), 2 * MM_SIZE**3
+    """torch.mm of size³ in a dtype: the call, and its FLOPs."""
+    large, small = (_square(size, dtype) for size in MM_SIZES)
+    small()
+    return (large, 2 * MM_SIZES[0] ** 3) if once(small) * (MM_SIZES[0] / MM_SIZES[1]) ** 3 < MM_SECONDS else (small, 2 * MM_SIZES[1] ** 3)
+
+
+def _square(size, dtype):
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    return lambda: torch.mm(a, b)
 
 
 def read() -> tuple[Callable[[], object], int]:

@@ -1,6 +1,9 @@
 // Queries of one key/value head are flattened to rows (query, head of its group) and cut into blocks of up to kRows; the keys that a block
 // can see are cut into `splits` ranges. Each (block, range) is one piece of work that gives unnormalised sums, later combined in order.
 // How it is cut depends on the sequence alone: not on the threads, not on the rest of the batch.
+//
+// A block takes several key/value heads side by side, all of them over a long cache: a token's heads are neighbours in memory, and reading
+// them together is what turns jumps of heads · dim into one stream. (Head by head, the same bytes came at a quarter of the speed.)
 #include "decode_attention.h"
 
 #include <algorithm>
@@ -17,13 +20,15 @@
 namespace longvita::LV_ISA {
 namespace {
 
-constexpr int kRows = 32, kKeys = 64;              // a tile of scores
-constexpr int64_t kSplit = 512, kMaxPieces = 64;   // keys per range at least; pieces per sequence and head about at most
-constexpr int kRegRows = W == 16 ? 4 : 2;          // register tile of the scores: rows × 4 keys
-static_assert(kKeys % W == 0, "a row of scores is whole vectors");
+constexpr int kRows = 32, kKeys = 32;              // a tile of scores; 32 keys of 128 floats are half of L1
+constexpr int64_t kSplit = 512, kMaxPieces = 64;   // keys per range at least; pieces per sequence about at most
+constexpr int64_t kTogetherKeys = 8192;            // from so many keys on, all heads make one block
+constexpr int kTogether = W == 16 ? 4 : 2;         // keys in one register tile of up to 5 rows
+static_assert(kKeys % W == 0 && W % kTogether == 0, "a row of scores is whole vectors");
 
 struct Block {
-  int64_t sequence, head, row, rows;      // rows of this key/value head, counted over (query, head of the group)
+  int64_t sequence, head, heads;          // key/value heads
+  int64_t row, rows;                      // of each of them, counted over (query, head of the group)
   int64_t first, last;                    // keys that any of the rows can see
   int64_t range, splits, partial;         // keys per range; number of ranges; offset of its partial sums in scratch, in rows
 };
@@ -35,7 +40,9 @@ struct Plan {
 };
 
 int64_t padded(int64_t dim) { return (dim + W - 1) / W * W; }
-int64_t thread_floats(int64_t dim) { return (2 * kRows + 2 * kKeys) * padded(dim) + kRows * kKeys + 2 * kKeys + 4 * kRows; }
+int64_t thread_floats(int64_t dim, int64_t heads) {
+  return heads * (2 * kRows * padded(dim) + 2 * kRows) + kKeys * padded(dim) + kRows * kKeys + 2 * kKeys + kRows;
+}
 int64_t partial_floats(int64_t dim) { return padded(dim) + W; }      // sums, then maximum and denominator
 
 struct Keys {
@@ -58,9 +65,11 @@ Plan make_plan(const DecodeArgs& args) {
   const int64_t group = args.q.heads / args.cache.heads;
   for (int64_t b = 0; b < s.batch; ++b) {
     const int64_t n = s.offsets[b + 1] - s.offsets[b], rows = n * group, blocks = (rows + kRows - 1) / kRows;
-    for (int64_t head = 0; head < args.cache.heads; ++head) {
+    const int64_t heads = std::clamp<int64_t>(args.cache.heads * s.lengths[b] / kTogetherKeys, 1, args.cache.heads);
+    for (int64_t head = 0; head < args.cache.heads; head += heads) {
       for (int64_t row = 0; row < rows; row += kRows) {
-        Block block{b, head, row, std::min<int64_t>(kRows, rows - row), 0, 0, 0, 0, plan.partial_rows};
+        Block block{b, head, std::min(heads, args.cache.heads - head), row, std::min<int64_t>(kRows, rows - row), 0, 0, 0, 0,
+                    plan.partial_rows};
         block.first = visible(args, row / group, n, s.lengths[b]).first;
         block.last = std::max(block.first, visible(args, (row + block.rows - 1) / group, n, s.lengths[b]).last);
         const int64_t keys = block.last - block.first;
@@ -68,7 +77,7 @@ Plan make_plan(const DecodeArgs& args) {
         block.range = (keys + std::max<int64_t>(1, wanted) - 1) / std::max<int64_t>(1, wanted);
         block.range = std::max<int64_t>(kKeys, (block.range + kKeys - 1) / kKeys * kKeys);
         block.splits = std::max<int64_t>(1, (keys + block.range - 1) / block.range);
-        if (block.splits > 1) plan.partial_rows += block.splits * block.rows;
+        if (block.splits > 1) plan.partial_rows += block.splits * block.heads * block.rows;
         for (int64_t i = 0; i < block.splits; ++i) plan.pieces.emplace_back(int32_t(plan.blocks.size()), int32_t(i));
         plan.blocks.push_back(block);
       }
@@ -79,19 +88,11 @@ Plan make_plan(const DecodeArgs& args) {
 
 // ---------------------------------------------------------------------------------------------- reading the cache
 
-LV_INLINE vf from_i8(const int8_t* p) {
-  typedef int8_t vb __attribute__((vector_size(W)));
-  vb b;
-  std::memcpy(&b, p, sizeof b);
-  return __builtin_convertvector(b, vf);
-}
+LV_INLINE vf from_i8(const int8_t* p) { return __builtin_convertvector(widen_bytes(p), vf); }
 
 // The 7 bits of magnitude, shifted into a float's place, are the value times 2^-120.
 LV_INLINE vf from_e4m3(const uint8_t* p) {
-  typedef uint8_t vb __attribute__((vector_size(W)));
-  vb b;
-  std::memcpy(&b, p, sizeof b);
-  const vu u = __builtin_convertvector(b, vu), magnitude = u & 0x7f;
+  const vu u = (vu)widen_bytes(p), magnitude = u & 0x7f;
   const vf value = (vf)(magnitude << 20) * 0x1p120f;
   const vf bounded = select((vi)(magnitude == 0x7f), splat(std::numeric_limits<float>::quiet_NaN()), value);
   return (vf)((vu)bounded | ((u & 0x80) << 24));
@@ -112,122 +113,128 @@ void widen_row(const C* x, float* out, int64_t dim) {
   }
 }
 
-// Asks for a row ahead of its use: rows of one head lie heads · dim apart, too far for the hardware to guess.
+// The keys, or the values, of one sequence.
 template <class C>
-LV_INLINE void prefetch_row(const C* x, int64_t dim) {
-  const char* p = reinterpret_cast<const char*>(x);
-  for (int64_t i = 0; i < dim * int64_t(sizeof(C)); i += 64) __builtin_prefetch(p + i);
-}
+struct Rows {
+  const KvCache& cache;
+  const CacheSide& side;
+  int64_t sequence;
 
-// Keys first … first + n of one head as float rows: in place when they already are, else converted into `buffer`.
-struct Tile {
-  const float* data;
-  int64_t stride;
+  const C* at(int64_t position, int64_t head) const {
+    return reinterpret_cast<const C*>(side.data) + side.at(cache.row(sequence, position), cache.column(position), head);
+  }
+  // Positions first … first + n as fp32 rows one after the other: in the cache, rows of one head lie heads · dim apart, often a power of two,
+  // and would fall into a few sets of L1.
+  void read(int64_t head, int64_t first, int n, float* buffer) const {
+    for (int j = 0; j < n; ++j) widen_row(at(first + j, head), buffer + j * padded(cache.dim), cache.dim);
+  }
 };
 
+// Asks for the rows of the next tile, in the order of memory and a few at a time, while the present one is computed with; into L2, because
+// L1 is full.
 template <class C>
-Tile read_tile(const KvCache& cache, const CacheSide& side, int64_t b, int64_t head, int64_t first, int n, int64_t end, float* buffer,
-               float* factors) {
-  const C* base = reinterpret_cast<const C*>(side.data);
-  if (side.scale != nullptr) {
-    for (int j = 0; j < n; ++j) factors[j] = side.scale_at(cache.row(b, first + j), cache.column(first + j), head);
-  }
-  for (int64_t j = first + kKeys; j < std::min(end, first + 2 * kKeys); ++j) {
-    prefetch_row(base + side.at(cache.row(b, j), cache.column(j), head), cache.dim);
-  }
-  if constexpr (std::is_same_v<C, float>) {
-    if (cache.dim % W == 0 && cache.row(b, first) == cache.row(b, first + n - 1)) {
-      return {base + side.at(cache.row(b, first), cache.column(first), head), side.stride_token};
+struct Ahead {
+  const Rows<C>&k, &v;
+  int64_t head, heads, position, end;
+  int64_t next = 0;      // of 2 · heads rows at `position`
+
+  void ask(int rows) {
+    for (; rows > 0 && position < end; --rows) {
+      const char* p = reinterpret_cast<const char*>(next < heads ? k.at(position, head + next) : v.at(position, head + next - heads));
+      for (int64_t i = 0; i < k.cache.dim * int64_t(sizeof(C)); i += 64) __builtin_prefetch(p + i, 0, 2);
+      if (++next == 2 * heads) next = 0, ++position;
     }
   }
-  const int64_t stride = padded(cache.dim);
-  for (int j = 0; j < n; ++j) {
-    widen_row(base + side.at(cache.row(b, first + j), cache.column(first + j), head), buffer + j * stride, cache.dim);
-  }
-  return {buffer, stride};
-}
+};
 
-Tile read(const KvCache& cache, const CacheSide& side, int64_t b, int64_t head, int64_t first, int n, int64_t end, float* buffer,
-          float* factors) {
-  switch (cache.dtype) {
-    case DType::f32: return read_tile<float>(cache, side, b, head, first, n, end, buffer, factors);
-    case DType::bf16: return read_tile<bf16_t>(cache, side, b, head, first, n, end, buffer, factors);
-    case DType::f16: return read_tile<f16_t>(cache, side, b, head, first, n, end, buffer, factors);
-    case DType::i8: return read_tile<int8_t>(cache, side, b, head, first, n, end, buffer, factors);
-    default: return read_tile<uint8_t>(cache, side, b, head, first, n, end, buffer, factors);
-  }
+void read_scales(const KvCache& cache, const CacheSide& side, int64_t b, int64_t head, int64_t first, int count, float* factors) {
+  if (side.scale == nullptr) return;
+  for (int j = 0; j < count; ++j) factors[j] = side.scale_at(cache.row(b, first + j), cache.column(first + j), head);
 }
 
 // ---------------------------------------------------------------------------------------------- arithmetic on tiles
 
-// scores[r][j] = q[r] · k[j] for R rows and 4 keys
-template <int R>
-LV_INLINE void dot_tile(const float* q, const float* const k[4], int64_t width, float* scores) {
-  constexpr int kSums = (4 * R + W - 1) / W * W;      // whole vectors of results
-  vf sums[kSums] = {};      // row by row
-  for (int64_t d = 0; d < width; d += W) {
-    const vf k0 = load(k[0] + d), k1 = load(k[1] + d), k2 = load(k[2] + d), k3 = load(k[3] + d);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const vf x = load(q + r * width + d);
-      sums[4 * r] = fma(x, k0, sums[4 * r]);
-      sums[4 * r + 1] = fma(x, k1, sums[4 * r + 1]);
-      sums[4 * r + 2] = fma(x, k2, sums[4 * r + 2]);
-      sums[4 * r + 3] = fma(x, k3, sums[4 * r + 3]);
+// f(count, first row), count a compile-time 1 to 5: all rows in groups that fill a register tile.
+template <class F>
+LV_INLINE void in_groups(int64_t rows, F f) {
+  const int64_t most = rows % 5 == 0 ? 5 : 4;      // 5: the group of Qwen2.5-14B, with nothing left over
+  for (int64_t r = 0; r < rows;) {
+    const int64_t now = std::min(most, rows - r);
+    switch (now) {
+      case 5: f(std::integral_constant<int, 5>{}, r); break;
+      case 4: f(std::integral_constant<int, 4>{}, r); break;
+      case 3: f(std::integral_constant<int, 3>{}, r); break;
+      case 2: f(std::integral_constant<int, 2>{}, r); break;
+      default: f(std::integral_constant<int, 1>{}, r);
     }
+    r += now;
   }
-  float results[kSums];
-#pragma GCC unroll 4
-  for (int i = 0; i < kSums; i += W) store(results + i, hsum_each(sums + i));
-  for (int r = 0; r < R; ++r) std::memcpy(scores + r * kKeys, results + 4 * r, 16);
 }
 
-void scores_tile(const float* q, int64_t rows, int64_t width, Tile k, int n, float* scores) {
-  for (int j = 0; j < n; j += 4) {
-    const float* keys[4];      // past the end: the last key again, masked later
-    for (int i = 0; i < 4; ++i) keys[i] = k.data + std::min(j + i, n - 1) * k.stride;
-    int64_t r = 0;
-    for (; r + kRegRows <= rows; r += kRegRows) dot_tile<kRegRows>(q + r * width, keys, width, scores + r * kKeys + j);
-    for (; r < rows; ++r) dot_tile<1>(q + r * width, keys, width, scores + r * kKeys + j);
+// scores[r][j] = q[r] · k[j] for R rows and W keys
+template <int R>
+LV_INLINE void dot_tile(const float* q, const float* k, int64_t width, float* scores) {
+  vf sums[R][W];
+#pragma GCC unroll 1
+  for (int j = 0; j < W; j += kTogether) {
+    vf acc[R][kTogether] = {};
+    for (int64_t d = 0; d < width; d += W) {
+      vf x[kTogether];
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) x[i] = load(k + (j + i) * width + d);
+#pragma GCC unroll 5
+      for (int r = 0; r < R; ++r) {
+        const vf row = load(q + r * width + d);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTogether; ++i) acc[r][i] = fma(row, x[i], acc[r][i]);
+      }
+    }
+#pragma GCC unroll 5
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) sums[r][j + i] = acc[r][i];
+    }
   }
+  for (int r = 0; r < R; ++r) store(scores + r * kKeys, hsum_each(sums[r]));
 }
 
 // out[r] = out[r] · keep[r] + Σ_j p[r][j] v[j], for R rows and C vectors of columns
 template <int R, int C>
-LV_INLINE void sum_tile(const float* p, Tile v, int n, const float* keep, int64_t width, float* out) {
+LV_INLINE void sum_tile(const float* p, const float* v, int n, const float* keep, int64_t width, float* out) {
   vf acc[R][C];
+#pragma GCC unroll 5
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
     for (int c = 0; c < C; ++c) acc[r][c] = load(out + r * width + c * W) * keep[r];
   }
   for (int j = 0; j < n; ++j) {
     vf x[C];
-    for (int c = 0; c < C; ++c) x[c] = load(v.data + j * v.stride + c * W);
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) x[c] = load(v + j * width + c * W);
+#pragma GCC unroll 5
     for (int r = 0; r < R; ++r) {
       const vf weight = splat(p[r * kKeys + j]);
+#pragma GCC unroll 2
       for (int c = 0; c < C; ++c) acc[r][c] = fma(weight, x[c], acc[r][c]);
     }
   }
+#pragma GCC unroll 5
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
     for (int c = 0; c < C; ++c) store(out + r * width + c * W, acc[r][c]);
   }
 }
 
-template <int R>
-void sum_rows(const float* p, Tile v, int n, const float* keep, int64_t width, float* out) {
-  int64_t d = 0;
-  for (; d + 2 * W <= width; d += 2 * W) sum_tile<R, 2>(p, {v.data + d, v.stride}, n, keep, width, out + d);
-  for (; d < width; d += W) sum_tile<R, 1>(p, {v.data + d, v.stride}, n, keep, width, out + d);
+// All rows against W keys; all rows' sums over n keys of two vectors of columns, or of the last one.
+void score_keys(const float* q, int64_t rows, const float* k, int64_t width, float* scores) {
+  in_groups(rows, [&](auto count, int64_t r) { dot_tile<decltype(count)::value>(q + r * width, k, width, scores + r * kKeys); });
 }
-
-void sums_tile(const float* p, int64_t rows, Tile v, int n, const float* keep, int64_t width, float* out) {
-  int64_t r = 0;
-  const auto some = [&](auto count) {
+void sum_columns(const float* p, int64_t rows, const float* v, int n, const float* keep, int64_t width, bool two, float* out) {
+  in_groups(rows, [&](auto count, int64_t r) {
     constexpr int R = decltype(count)::value;
-    for (; r + R <= rows; r += R) sum_rows<R>(p + r * kKeys, v, n, keep + r, width, out + r * width);
-  };
-  if (rows % 5 == 0) some(std::integral_constant<int, 5>{});      // the group of Qwen2.5-14B: nothing left over
-  some(std::integral_constant<int, 4>{});
-  some(std::integral_constant<int, 1>{});
+    if (two) sum_tile<R, 2>(p + r * kKeys, v, n, keep + r, width, out + r * width);
+    else sum_tile<R, 1>(p + r * kKeys, v, n, keep + r, width, out + r * width);
+  });
 }
 
 // One row of scores → weights relative to the new maximum (in units of log2), times the scales of the values. Updates maximum and sum;
@@ -261,99 +268,126 @@ float soften(const DecodeArgs& args, float* s, int from, int to, const float* k_
 // ---------------------------------------------------------------------------------------------- pieces of work
 
 template <class T>
-void load_queries(const DecodeArgs& args, const Block& block, int64_t width, float* q) {
+void load_queries(const DecodeArgs& args, const Block& block, int64_t head, int64_t width, float* q) {
   const int64_t group = args.q.heads / args.cache.heads;
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t token = args.sequences.offsets[block.sequence] + (block.row + r) / group;
-    const int64_t head = block.head * group + (block.row + r) % group;
+    const int64_t query_head = (block.head + head) * group + (block.row + r) % group;
     float* out = q + r * width;
-    widen_row(reinterpret_cast<const T*>(args.q.data) + token * args.q.stride_token + head * args.q.stride_head, out, args.q.dim);
+    widen_row(reinterpret_cast<const T*>(args.q.data) + token * args.q.stride_token + query_head * args.q.stride_head, out, args.q.dim);
     for (int64_t d = 0; d < width; d += W) store(out + d, load(out + d) * args.softmax_scale);
   }
 }
 
 template <class T>
-void write_row(const DecodeArgs& args, const Block& block, int64_t r, const float* sums, float maximum, float total) {
+void write_row(const DecodeArgs& args, const Block& block, int64_t head, int64_t r, const float* sums, float maximum, float total) {
   const int64_t group = args.q.heads / args.cache.heads;
   const int64_t token = args.sequences.offsets[block.sequence] + (block.row + r) / group;
-  const int64_t head = block.head * group + (block.row + r) % group;
+  const int64_t query_head = (block.head + head) * group + (block.row + r) % group;
   const float factor = total > 0.0f ? 1.0f / total : (total == 0.0f ? 0.0f : total);      // nothing seen: 0; NaN stays NaN
-  T* out = reinterpret_cast<T*>(args.out.data) + token * args.out.stride_token + head * args.out.stride_head;
+  T* out = reinterpret_cast<T*>(args.out.data) + token * args.out.stride_token + query_head * args.out.stride_head;
   for (int64_t d = 0; d < args.q.dim; d += W) store_n(out + d, load(sums + d) * factor, int(std::min<int64_t>(W, args.q.dim - d)));
-  args.lse[head * args.q.tokens + token] = total == 0.0f ? -kInf : (maximum + std::log2(total)) * kLn2;
+  args.lse[query_head * args.q.tokens + token] = total == 0.0f ? -kInf : (maximum + std::log2(total)) * kLn2;
+}
+
+template <class T, class C>
+void work(const DecodeArgs& args, const Block& block, int64_t range, float* memory, float* partials) {
+  const int64_t dim = args.q.dim, width = padded(dim), group = args.q.heads / args.cache.heads, rows = block.rows;
+  const int64_t length = args.sequences.lengths[block.sequence];
+  const int64_t n = args.sequences.offsets[block.sequence + 1] - args.sequences.offsets[block.sequence];
+  float *q = memory, *sums = q + block.heads * rows * width, *maximum = sums + block.heads * rows * width;
+  float *total = maximum + block.heads * rows, *buffer = total + block.heads * rows, *scores = buffer + kKeys * width;
+  float *k_factors = scores + kRows * kKeys, *v_factors = k_factors + kKeys, *keep = v_factors + kKeys;
+  for (int64_t head = 0; head < block.heads; ++head) load_queries<T>(args, block, head, width, q + head * rows * width);
+  std::fill(sums, sums + block.heads * rows * width, 0.0f);
+  std::fill(buffer, buffer + kKeys * width, 0.0f);      // rows past the last key are computed with, and masked
+  std::fill(k_factors, k_factors + 2 * kKeys, 1.0f);
+  std::fill(maximum, maximum + block.heads * rows, -kInf);
+  std::fill(total, total + block.heads * rows, 0.0f);
+  const int64_t start = block.first + range * block.range, end = std::min(block.last, start + block.range);
+  const Rows<C> k{args.cache, args.cache.k, block.sequence}, v{args.cache, args.cache.v, block.sequence};
+  const int64_t steps = (width + 2 * W - 1) / (2 * W);      // of the weighted sum, two vectors of columns each
+  const int at_once = int((2 * kKeys + kKeys / W + steps - 1) / (kKeys / W + steps));
+  for (int64_t key = start; key < end; key += kKeys) {
+    const int keys = int(std::min<int64_t>(kKeys, end - key));
+    Ahead<C> ahead{k, v, block.head, block.heads, key + kKeys, std::min(end, key + 2 * kKeys)};
+    for (int64_t h = 0; h < block.heads; ++h) {
+      const int64_t head = block.head + h, first = h * rows;
+      k.read(head, key, keys, buffer);
+      read_scales(args.cache, args.cache.k, block.sequence, head, key, keys, k_factors);
+      read_scales(args.cache, args.cache.v, block.sequence, head, key, keys, v_factors);
+      for (int j = 0; j < keys; j += W) {
+        ahead.ask(at_once);
+        score_keys(q + first * width, rows, buffer + j * width, width, scores + j);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const Keys seen = visible(args, (block.row + r) / group, n, length);
+        const int from = int(std::clamp<int64_t>(seen.first - key, 0, keys)), to = int(std::clamp<int64_t>(seen.last - key, 0, keys));
+        keep[r] = soften(args, scores + r * kKeys, from, to, k_factors, v_factors, maximum[first + r], total[first + r]);
+      }
+      v.read(head, key, keys, buffer);
+      for (int64_t d = 0; d < width; d += 2 * W) {
+        ahead.ask(at_once);
+        sum_columns(scores, rows, buffer + d, keys, keep, width, d + 2 * W <= width, sums + first * width + d);
+      }
+    }
+  }
+  for (int64_t i = 0; i < block.heads * rows; ++i) {
+    if (block.splits == 1) {
+      write_row<T>(args, block, i / rows, i % rows, sums + i * width, maximum[i], total[i]);
+      continue;
+    }
+    float* partial = partials + (block.partial + range * block.heads * rows + i) * partial_floats(dim);
+    std::copy(sums + i * width, sums + (i + 1) * width, partial);
+    partial[width] = maximum[i], partial[width + 1] = total[i];
+  }
 }
 
 template <class T>
 void work(const DecodeArgs& args, const Block& block, int64_t range, float* memory, float* partials) {
-  const int64_t width = padded(args.q.dim), group = args.q.heads / args.cache.heads;
-  const int64_t length = args.sequences.lengths[block.sequence];
-  const int64_t n = args.sequences.offsets[block.sequence + 1] - args.sequences.offsets[block.sequence];
-  float *q = memory, *sums = q + kRows * width, *k_buffer = sums + kRows * width, *v_buffer = k_buffer + kKeys * width;
-  float *scores = v_buffer + kKeys * width, *k_factors = scores + kRows * kKeys, *v_factors = k_factors + kKeys;
-  float *maximum = v_factors + kKeys, *total = maximum + kRows, *keep = total + kRows;
-  load_queries<T>(args, block, width, q);
-  std::fill(sums, sums + block.rows * width, 0.0f);
-  std::fill(k_factors, k_factors + 2 * kKeys, 1.0f);
-  std::fill(maximum, maximum + block.rows, -kInf);
-  std::fill(total, total + block.rows, 0.0f);
-  const int64_t start = block.first + range * block.range, end = std::min(block.last, start + block.range);
-  for (int64_t key = start; key < end; key += kKeys) {
-    const int keys = int(std::min<int64_t>(kKeys, end - key));
-    const Tile k = read(args.cache, args.cache.k, block.sequence, block.head, key, keys, end, k_buffer, k_factors);
-    const Tile v = read(args.cache, args.cache.v, block.sequence, block.head, key, keys, end, v_buffer, v_factors);
-    scores_tile(q, block.rows, width, k, keys, scores);
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const Keys seen = visible(args, (block.row + r) / group, n, length);
-      const int from = int(std::clamp<int64_t>(seen.first - key, 0, keys)), to = int(std::clamp<int64_t>(seen.last - key, 0, keys));
-      keep[r] = soften(args, scores + r * kKeys, from, to, k_factors, v_factors, maximum[r], total[r]);
-    }
-    sums_tile(scores, block.rows, v, keys, keep, width, sums);
-  }
-  for (int64_t r = 0; r < block.rows; ++r) {
-    if (block.splits == 1) {
-      write_row<T>(args, block, r, sums + r * width, maximum[r], total[r]);
-      continue;
-    }
-    float* partial = partials + (block.partial + range * block.rows + r) * partial_floats(args.q.dim);
-    std::copy(sums + r * width, sums + (r + 1) * width, partial);
-    partial[width] = maximum[r], partial[width + 1] = total[r];
+  switch (args.cache.dtype) {
+    case DType::f32: return work<T, float>(args, block, range, memory, partials);
+    case DType::bf16: return work<T, bf16_t>(args, block, range, memory, partials);
+    case DType::f16: return work<T, f16_t>(args, block, range, memory, partials);
+    case DType::i8: return work<T, int8_t>(args, block, range, memory, partials);
+    default: return work<T, uint8_t>(args, block, range, memory, partials);
   }
 }
 
 // The ranges of a block, in order, into its first range's sums.
 template <class T>
 void combine(const DecodeArgs& args, const Block& block, float* partials) {
-  const int64_t width = padded(args.q.dim), size = partial_floats(args.q.dim);
-  for (int64_t r = 0; r < block.rows; ++r) {
+  const int64_t width = padded(args.q.dim), size = partial_floats(args.q.dim), rows = block.heads * block.rows;
+  for (int64_t r = 0; r < rows; ++r) {
     float* sums = partials + (block.partial + r) * size;
     float top = -kInf, total = 0.0f;
-    for (int64_t i = 0; i < block.splits; ++i) top = std::max(top, sums[i * block.rows * size + width]);
+    for (int64_t i = 0; i < block.splits; ++i) top = std::max(top, sums[i * rows * size + width]);
     const float base = top == -kInf ? 0.0f : top;
     for (int64_t i = 0; i < block.splits; ++i) {
-      const float* part = sums + i * block.rows * size;
+      const float* part = sums + i * rows * size;
       const float weight = std::exp2(part[width] - base);
       total += part[width + 1] * weight;
       for (int64_t d = 0; d < width; d += W) {
         store(sums + d, i == 0 ? load(part + d) * weight : fma(load(part + d), splat(weight), load(sums + d)));
       }
     }
-    write_row<T>(args, block, r, sums, top, total);
+    write_row<T>(args, block, r / block.rows, r % block.rows, sums, top, total);
   }
 }
 
 template <class T>
 void run_typed(const DecodeArgs& args, const Plan& plan) {
   const int64_t pieces = int64_t(plan.pieces.size()), blocks = int64_t(plan.blocks.size());
-  float* partials = args.scratch + args.threads * thread_floats(args.q.dim);
+  float* partials = args.scratch + args.threads * thread_floats(args.q.dim, args.cache.heads);
   int64_t products = 0;
-  for (const Block& block : plan.blocks) products += block.rows * (block.last - block.first) * args.q.dim;
+  for (const Block& block : plan.blocks) products += block.heads * block.rows * (block.last - block.first) * args.q.dim;
 #pragma omp parallel num_threads(args.threads) if (pieces > 1 && products > kWorthThreads / 2)
   {
     int thread = 0;
 #ifdef _OPENMP
     thread = omp_get_thread_num();
 #endif
-    float* memory = args.scratch + thread * thread_floats(args.q.dim);
+    float* memory = args.scratch + thread * thread_floats(args.q.dim, args.cache.heads);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < pieces; ++i) {
       work<T>(args, plan.blocks[size_t(plan.pieces[size_t(i)].first)], plan.pieces[size_t(i)].second, memory, partials);
@@ -366,12 +400,12 @@ void run_typed(const DecodeArgs& args, const Plan& plan) {
 }
 
 int64_t scratch(const DecodeArgs& args) {
-  return args.threads * thread_floats(args.q.dim) + make_plan(args).partial_rows * partial_floats(args.q.dim);
+  return args.threads * thread_floats(args.q.dim, args.cache.heads) + make_plan(args).partial_rows * partial_floats(args.q.dim);
 }
 
 void run(const DecodeArgs& args) {
   const Plan plan = make_plan(args);
-  check(args.scratch_size >= args.threads * thread_floats(args.q.dim) + plan.partial_rows * partial_floats(args.q.dim),
+  check(args.scratch_size >= args.threads * thread_floats(args.q.dim, args.cache.heads) + plan.partial_rows * partial_floats(args.q.dim),
         "decode_attention: scratch too small");
   if (args.dtype == DType::f32) run_typed<float>(args, plan);
   else if (args.dtype == DType::bf16) run_typed<bf16_t>(args, plan);

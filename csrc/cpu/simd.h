@@ -1,6 +1,7 @@
 // Vectors of W floats, W = 4, 8 or 16 by instruction set, on the compilers' vector extension.
 // 16-lane code also compiles for AVX2 (the compiler splits the vectors), so that the AVX-512 paths can be tested anywhere.
-// Intrinsics stand only where the extension has no word for the instruction: max, half-precision conversion, bf16 dot product.
+// Intrinsics stand only where the extension has no word for the instruction (max, half-precision conversion, bf16 dot product) or GCC 12 does
+// not find it (integers of 8 and 16 bits to 32).
 //
 //   vf, vi          W floats, W int32            load/store(T*)      T = float, bf16_t, f16_t; unaligned; rounding to nearest even
 //   splat(x)        all lanes x                  load_n/store_n      the first n lanes; the others read 0 / are left alone
@@ -51,7 +52,33 @@ LV_INLINE vi iota() {
 }
 
 // ---------------------------------------------------------------------------------------------- conversions
-LV_INLINE vf widen(vh x, bf16_t) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+// W integers of 16 or 8 bits as 32 bits.
+LV_INLINE vu widen_u16(vh x) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__) && LV_WIDTH == 8
+  return (vu)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
+template <class Byte>
+LV_INLINE vi widen_bytes(const Byte* p) {
+  [[maybe_unused]] constexpr bool kSigned = Byte(-1) < 0;
+#if defined(__AVX512F__)
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vi)(kSigned ? _mm512_cvtepi8_epi32(x) : _mm512_cvtepu8_epi32(x));
+#elif defined(__AVX2__) && LV_WIDTH == 8
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (vi)(kSigned ? _mm256_cvtepi8_epi32(x) : _mm256_cvtepu8_epi32(x));
+#else
+  vi out;
+  for (int i = 0; i < W; ++i) out[i] = p[i];
+  return out;
+#endif
+}
+
+LV_INLINE vf widen(vh x, bf16_t) { return (vf)(widen_u16(x) << 16); }
 
 LV_INLINE vh narrow(vf x, bf16_t) {
   const vu u = (vu)x;

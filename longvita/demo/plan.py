@@ -84,7 +84,7 @@ _SIZES = {
     ),
     "default": dict(
         minutes=17, long_lr=1e-3, vision_steps=300, list_steps=200, text_steps=300,
-        steps=(100, 200, 95, 170), contexts=(512, 512, 2048, 8192), batches=(4, 8, 4, 1), lengths=(1024, 2048, 4096, 8192),
+        steps=(100, 200, 80, 145), contexts=(512, 512, 2048, 8192), batches=(4, 8, 4, 1), lengths=(1024, 2048, 4096, 8192), controls=5,
     ),
     "full": dict(
         minutes=35, long_lr=1e-3, vision_steps=500, list_steps=300, text_steps=500,

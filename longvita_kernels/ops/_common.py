@@ -69,9 +69,7 @@ def _nobody_listens(tensors):
         return False
     gradients = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or not tensor.is_cpu or (gradients and tensor.requires_grad):
+        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu or (gradients and tensor.requires_grad)):
             return False
     return True
 
@@ -155,6 +153,8 @@ def autocast_dtype(device_type):
 
 def autocast_tensors(*tensors):
     """The tensors cast to the autocast dtype if autocast is on (float64 and None stay as they are), else unchanged."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     dtype = autocast_dtype(tensors[0].device.type)
     if dtype is None:
         return tensors
@@ -167,8 +167,10 @@ def autocast_tensors(*tensors):
 def check_shape(name, tensor, expected, legend):
     """Shape must be `expected` (None = any size there). legend: "(T, H, D)"."""
     shape = tensor.shape
+    if shape == expected:  # these checks run on every call: the cheapest way first
+        return
     fits = len(shape) == len(expected)
-    for have, want in zip(shape, expected, strict=False):  # a plain loop: this runs on every call
+    for have, want in zip(shape, expected, strict=False):
         if want is not None and have != want:
             fits = False
     if not fits:
@@ -183,9 +185,12 @@ def check_dtype(name, tensor, dtypes):
         raise ValueError(f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected one of {wanted}. Cast it with .to(...)")
 
 
+_REFERENCE_DTYPES = (*FLOAT_DTYPES, torch.float64)
+
+
 def check_float(name, tensor):
     """float32, bfloat16 or float16 (float64 runs on the reference)."""
-    check_dtype(name, tensor, (*FLOAT_DTYPES, torch.float64))
+    check_dtype(name, tensor, _REFERENCE_DTYPES)
 
 
 def check_like(name, tensor, other_name, other):
@@ -197,6 +202,8 @@ def check_like(name, tensor, other_name, other):
 
 def check_device(name, tensor, other_name, other):
     """Same device as another argument."""
+    if tensor.is_cpu and other.is_cpu:
+        return
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them")
 
@@ -219,13 +226,13 @@ def check_cu_seqlens(name, cu_seqlens, device):
         raise ValueError(f"{name} has shape {tuple(cu_seqlens.shape)}; expected (n_docs + 1,), the offsets of the documents, at least [0]")
     if cu_seqlens.dtype != torch.int32:
         raise ValueError(f"{name} has dtype {cu_seqlens.dtype}; expected int32. Remedy: {name}.to(torch.int32)")
-    if cu_seqlens.device != device:
+    if not cu_seqlens.is_cpu and cu_seqlens.device != device or cu_seqlens.is_cpu and device.type != "cpu":
         raise ValueError(f"{name} is on {cu_seqlens.device}; expected {device}, where the tokens are")
 
 
 def check_attention_options(window_size, softcap, softmax_scale):
     """(left, right) of at least −1; a finite softcap of at least 0; a finite scale, or None."""
-    if len(window_size) != 2 or any(not isinstance(w, int) or w < -1 for w in window_size):
+    if window_size != (-1, -1) and (len(window_size) != 2 or any(not isinstance(w, int) or w < -1 for w in window_size)):
         raise ValueError(f"window_size is {window_size!r}; expected (left, right), two ints of at least -1, where -1 means no limit")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap is {softcap}; expected a finite number above 0, or 0 for none")
