@@ -16,6 +16,7 @@ import pytest
 from tiny_run import make_image, make_run
 
 import longvita_kernels
+from bench import __main__ as bench
 from longvita import cli
 from longvita.data.schema import read_jsonl
 
@@ -103,6 +104,9 @@ def test_the_readmes_files_are_valid(folder, capsys):
 def test_make_targets_exist(line):
     done = subprocess.run([*shlex.split(line), "-n"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    if line.startswith("make bench"):
+        (words,) = [shlex.split(command.split("-m bench")[1]) for command in done.stdout.splitlines() if "-m bench" in command]
+        assert bench.select(bench._arguments(words))
     if "demo" in line:
         (words,) = [shlex.split(command)[1:] for command in done.stdout.splitlines() if "/longvita " in command]
         args = cli.build_parser("demo").parse_args(words)

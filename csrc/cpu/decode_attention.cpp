@@ -98,18 +98,22 @@ LV_INLINE vf from_e4m3(const uint8_t* p) {
   return (vf)((vu)bounded | ((u & 0x80) << 24));
 }
 
+// W values as fp32.
+template <class C>
+LV_INLINE vf load_wide(const C* x) {
+  if constexpr (std::is_same_v<C, int8_t>) return from_i8(x);
+  else if constexpr (std::is_same_v<C, uint8_t>) return from_e4m3(x);
+  else return load(x);
+}
+
 template <class C>
 void widen_row(const C* x, float* out, int64_t dim) {
   int64_t d = 0;
-  for (; d + W <= dim; d += W) {
-    if constexpr (std::is_same_v<C, int8_t>) store(out + d, from_i8(x + d));
-    else if constexpr (std::is_same_v<C, uint8_t>) store(out + d, from_e4m3(x + d));
-    else store(out + d, load(x + d));
-  }
+  for (; d + W <= dim; d += W) store(out + d, load_wide(x + d));
   if (d < dim) {
     C last[W] = {};
     std::memcpy(last, x + d, size_t(dim - d) * sizeof(C));
-    widen_row(last, out + d, W);
+    store(out + d, load_wide(last));
   }
 }
 
@@ -172,8 +176,8 @@ LV_INLINE void in_groups(int64_t rows, F f) {
 }
 
 // scores[r][j] = q[r] · k[j] for R rows and W keys
-template <int R>
-LV_INLINE void dot_tile(const float* q, const float* k, int64_t width, float* scores) {
+template <int R, class C>
+LV_INLINE void dot_tile(const float* q, const C* const k[W], int64_t width, float* scores) {
   vf sums[R][W];
 #pragma GCC unroll 1
   for (int j = 0; j < W; j += kTogether) {
@@ -181,7 +185,7 @@ LV_INLINE void dot_tile(const float* q, const float* k, int64_t width, float* sc
     for (int64_t d = 0; d < width; d += W) {
       vf x[kTogether];
 #pragma GCC unroll 4
-      for (int i = 0; i < kTogether; ++i) x[i] = load(k + (j + i) * width + d);
+      for (int i = 0; i < kTogether; ++i) x[i] = load_wide(k[j + i] + d);
 #pragma GCC unroll 5
       for (int r = 0; r < R; ++r) {
         const vf row = load(q + r * width + d);
@@ -226,7 +230,8 @@ LV_INLINE void sum_tile(const float* p, const float* v, int n, const float* keep
 }
 
 // All rows against W keys; all rows' sums over n keys of two vectors of columns, or of the last one.
-void score_keys(const float* q, int64_t rows, const float* k, int64_t width, float* scores) {
+template <class C>
+void score_keys(const float* q, int64_t rows, const C* const k[W], int64_t width, float* scores) {
   in_groups(rows, [&](auto count, int64_t r) { dot_tile<decltype(count)::value>(q + r * width, k, width, scores + r * kKeys); });
 }
 void sum_columns(const float* p, int64_t rows, const float* v, int n, const float* keep, int64_t width, bool two, float* out) {
@@ -307,18 +312,27 @@ void work(const DecodeArgs& args, const Block& block, int64_t range, float* memo
   const int64_t start = block.first + range * block.range, end = std::min(block.last, start + block.range);
   const Rows<C> k{args.cache, args.cache.k, block.sequence}, v{args.cache, args.cache.v, block.sequence};
   const int64_t steps = (width + 2 * W - 1) / (2 * W);      // of the weighted sum, two vectors of columns each
+  const bool once = rows <= 5 && dim % W == 0;      // a key meets one register tile only: no need to unpack it first
   const int at_once = int((2 * kKeys + kKeys / W + steps - 1) / (kKeys / W + steps));
   for (int64_t key = start; key < end; key += kKeys) {
     const int keys = int(std::min<int64_t>(kKeys, end - key));
     Ahead<C> ahead{k, v, block.head, block.heads, key + kKeys, std::min(end, key + 2 * kKeys)};
     for (int64_t h = 0; h < block.heads; ++h) {
       const int64_t head = block.head + h, first = h * rows;
-      k.read(head, key, keys, buffer);
+      if (!once) k.read(head, key, keys, buffer);
       read_scales(args.cache, args.cache.k, block.sequence, head, key, keys, k_factors);
       read_scales(args.cache, args.cache.v, block.sequence, head, key, keys, v_factors);
       for (int j = 0; j < keys; j += W) {
         ahead.ask(at_once);
-        score_keys(q + first * width, rows, buffer + j * width, width, scores + j);
+        if (once) {
+          const C* from[W];
+          for (int i = 0; i < W; ++i) from[i] = k.at(key + std::min(j + i, keys - 1), head);
+          score_keys(q + first * width, rows, from, width, scores + j);
+        } else {
+          const float* from[W];
+          for (int i = 0; i < W; ++i) from[i] = buffer + (j + i) * width;
+          score_keys(q + first * width, rows, from, width, scores + j);
+        }
       }
       for (int64_t r = 0; r < rows; ++r) {
         const Keys seen = visible(args, (block.row + r) / group, n, length);

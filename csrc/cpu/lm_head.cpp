@@ -16,7 +16,7 @@ void forward_thin(const LmHeadArgs& p) {
     if (values != row) std::memcpy(row, values, size_t(p.width) * 4);
     std::memset(row + p.width, 0, size_t(lda - p.width) * 4);
   }
-  constexpr int64_t kColumns = 64;
+  constexpr int64_t kColumns = 256;
 #pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.vocab * p.width > kWorthThreads)
   for (int64_t n0 = 0; n0 < p.vocab; n0 += kColumns) {
     const int64_t count = p.vocab - n0 < kColumns ? p.vocab - n0 : kColumns;

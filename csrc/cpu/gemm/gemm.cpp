@@ -179,10 +179,10 @@ float* product(const Operand& a, const Operand& b, const Tile& tile, int64_t K, 
 template <class T, int kRows>
 void thin(const float* a, int64_t lda, const T* b, int64_t ldb, int64_t count, int64_t K, float* out, int64_t ldo) {
   constexpr int kAtOnce = 4;          // rows of b in flight, so that the sums do not wait for each other
-  const int64_t ahead = kAtOnce * ldb * int64_t(sizeof(T));      // the next rows: several short streams are hard to foresee
-  for (int64_t n = 0; n < count; n += kAtOnce) {
+  const int64_t apart = ceil_div(count, kAtOnce);      // far apart: four long streams, which memory serves faster than one
+  for (int64_t n = 0; n < apart; ++n) {
     const T* rows[kAtOnce];
-    for (int j = 0; j < kAtOnce; ++j) rows[j] = b + at_most(n + j, count - 1) * ldb;
+    for (int j = 0; j < kAtOnce; ++j) rows[j] = b + at_most(n + j * apart, count - 1) * ldb;
     vf sum[kRows][kAtOnce] = {};
     const auto step = [&](int64_t k, const vf (&bv)[kAtOnce]) {
 #pragma GCC unroll 4
@@ -196,10 +196,7 @@ void thin(const float* a, int64_t lda, const T* b, int64_t ldb, int64_t count, i
     int64_t k = 0;
     for (; k + W <= K; k += W) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kAtOnce; ++j) {
-        bv[j] = load(rows[j] + k);
-        __builtin_prefetch(reinterpret_cast<const char*>(rows[j] + k) + ahead);
-      }
+      for (int j = 0; j < kAtOnce; ++j) bv[j] = load(rows[j] + k);
       step(k, bv);
     }
     if (k < K) {
@@ -207,7 +204,7 @@ void thin(const float* a, int64_t lda, const T* b, int64_t ldb, int64_t count, i
       step(k, bv);
     }
     for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < at_most(count - n, kAtOnce); ++j) out[i * ldo + n + j] = hsum(sum[i][j]);
+      for (int j = 0; j < kAtOnce && n + j * apart < count; ++j) out[i * ldo + n + j * apart] = hsum(sum[i][j]);
     }
   }
 }
