@@ -83,8 +83,8 @@ _SIZES = {
         steps=(100, 220, 30, 30), contexts=(512, 512, 1024, 2048), batches=(2, 4, 2, 1), lengths=(512, 1024, 2048), questions=4, controls=8,
     ),
     "default": dict(
-        minutes=16, long_lr=1e-3, vision_steps=300, list_steps=200, text_steps=420,
-        steps=(80, 200, 75, 110), contexts=(512, 512, 2048, 8192), batches=(4, 8, 4, 1), lengths=(1024, 2048, 4096, 8192), controls=4,
+        minutes=18, long_lr=1e-3, vision_steps=300, list_steps=200, text_steps=420,
+        steps=(80, 200, 75, 150), contexts=(512, 512, 2048, 8192), batches=(4, 8, 4, 1), lengths=(1024, 2048, 4096, 8192), controls=4,
     ),
     "full": dict(
         minutes=35, long_lr=1e-3, vision_steps=500, list_steps=300, text_steps=500,
