@@ -88,13 +88,13 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 
 
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 1e-6) -> None:
-    """All of it within `tolerance` of its norm, and no element off by more than `tolerance` of the largest: sums in another order differ
-    relatively more where they cancel (the keys' bias has an all but vanishing gradient).
+    """All of it within `tolerance` of its norm, and no element off by more than twice `tolerance` of the largest: sums in another order
+    differ relatively more where they cancel (the keys' bias has an all but vanishing gradient).
     """
     assert a.keys() == b.keys()
     difference, whole = (torch.cat([value.flatten() for value in values]) for values in ([a[name] - b[name] for name in b], b.values()))
     assert difference.norm() <= tolerance * whole.norm(), float(difference.norm() / whole.norm())
-    assert difference.abs().max() <= tolerance * whole.abs().max(), float(difference.abs().max() / whole.abs().max())
+    assert difference.abs().max() <= 2 * tolerance * whole.abs().max(), float(difference.abs().max() / whole.abs().max())
 
 
 def main(run_dir: str, steps: str, checkpoint_every: str = "5") -> None:
