@@ -140,6 +140,7 @@ def test_plans_derive_from_the_published_stages():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # ten minutes on one of two busy cores
 def test_the_quick_demo_learns(tmp_path):
     """What a first look shows: images are read, needles found at 2K tokens, and not found where there are none."""
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "out"), "--quiet"]) == 0
