@@ -3,7 +3,7 @@
 // How it is cut depends on the sequence alone: not on the threads, not on the rest of the batch.
 //
 // A block takes several key/value heads side by side, all of them over a long cache: a token's heads are neighbours in memory, and reading
-// them together is what turns jumps of heads · dim into one stream. (Head by head, the same bytes came at a quarter of the speed.)
+// them together is what turns jumps of heads · dim into one stream. (Head by head took 1.2 to 1.5 times as long on 131,072 keys.)
 #include "decode_attention.h"
 
 #include <algorithm>
