@@ -30,7 +30,7 @@ def pytest_addoption(parser):
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
     """--result: a short report, from the process that sees all workers' results."""
     path = config.getoption("--result")
-    if path is None:
+    if path is None or hasattr(config, "workerinput"):  # a worker knows its own tests only
         return
     import platform
     import subprocess
