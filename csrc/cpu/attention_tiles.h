@@ -106,17 +106,13 @@ void product(int64_t vectors, int64_t n, int64_t units, const typename Op::unit*
 // ---------------------------------------------------------------------------------------------------- transposition
 template <int H>
 LV_INLINE void transpose_step(vf* r) {
-  vi low, high;
-  for (int l = 0; l < W; ++l) {
-    low[l] = (l & H) == 0 ? l : W + l - H;
-    high[l] = (l & H) == 0 ? l + H : W + l;
-  }
+  const Butterfly pick = butterfly<H>();
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) {
     if ((i & H) == 0) {
       const vf a = r[i], b = r[i + H];
-      r[i] = __builtin_shuffle(a, b, low);
-      r[i + H] = __builtin_shuffle(a, b, high);
+      r[i] = __builtin_shuffle(a, b, pick.low);
+      r[i + H] = __builtin_shuffle(a, b, pick.high);
     }
   }
 }

@@ -195,16 +195,27 @@ LV_INLINE float hsum(vf v) {      // pairwise, so that the order does not depend
   }
   return x[0];
 }
+// What a butterfly of distance H takes from two vectors: __builtin_shuffle(a, b, low) keeps a where bit H of the lane is clear and moves b
+// there where it is set; high takes the other halves of both.
+struct Butterfly {
+  vi low, high;
+};
+template <int H>
+LV_INLINE Butterfly butterfly() {
+  Butterfly out;
+  for (int l = 0; l < W; ++l) {
+    out.low[l] = (l & H) == 0 ? l : W + l - H;
+    out.high[l] = (l & H) == 0 ? l + H : W + l;
+  }
+  return out;
+}
+
 // Lane i: the sum of x[i], for W vectors at once; overwrites x. A third of the instructions of W times hsum; the order is hsum's.
 template <int H = W / 2>
 LV_INLINE vf hsum_each(vf* x) {
-  vi low, high;
-  for (int l = 0; l < W; ++l) {
-    low[l] = (l & H) == 0 ? l : W + l - H;
-    high[l] = (l & H) == 0 ? l + H : W + l;
-  }
+  const Butterfly pick = butterfly<H>();
 #pragma GCC unroll 8
-  for (int i = 0; i < H; ++i) x[i] = __builtin_shuffle(x[i], x[i + H], low) + __builtin_shuffle(x[i], x[i + H], high);
+  for (int i = 0; i < H; ++i) x[i] = __builtin_shuffle(x[i], x[i + H], pick.low) + __builtin_shuffle(x[i], x[i + H], pick.high);
   if constexpr (H > 1) return hsum_each<H / 2>(x);
   else return x[0];
 }
