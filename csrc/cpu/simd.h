@@ -247,7 +247,7 @@ LV_INLINE vf exp2_poly(vf f) {
   return p * f + 6.931472029e-1f;
 }
 
-// 2^x for x <= 127. Exactly 0 below about -126.5 and at -inf, exactly 1 at 0, NaN stays NaN.
+// 2^x for x <= 127. Exactly 0 at -inf and far below (below -126.5 it may be denormal), exactly 1 at 0, NaN stays NaN.
 LV_INLINE vf vexp2(vf x) {
 #if defined(__AVX512DQ__)
   const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
