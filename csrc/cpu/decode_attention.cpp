@@ -102,42 +102,6 @@ Plan make_plan(const DecodeArgs& args) {
 
 // ---------------------------------------------------------------------------------------------- reading the cache
 
-// The keys, or the values, of one sequence.
-template <class C>
-struct Rows {
-  const KvCache& cache;
-  const CacheSide& side;
-  int64_t sequence;
-
-  const C* at(int64_t position, int64_t head) const {
-    return reinterpret_cast<const C*>(side.data) + side.at(cache.row(sequence, position), cache.column(position), head);
-  }
-};
-
-// Asks for the rows of the next tile, in the order of memory and a few lines at a time, while the present one is computed with; into L2,
-// because L1 is full.
-template <class C>
-struct Ahead {
-  const Rows<C>&k, &v;
-  int64_t head, heads, position, end;
-  int64_t next = 0;                                  // of 2 · heads rows at `position`
-  const char *line = nullptr, *last = nullptr;       // what is left of the row before
-
-  void ask(int lines) {
-    for (; lines > 0; --lines, line += 64) {
-      if (line >= last && !turn()) return;
-      __builtin_prefetch(line, 0, 2);
-    }
-  }
-  bool turn() {
-    if (position >= end) return false;
-    line = reinterpret_cast<const char*>(next < heads ? k.at(position, head + next) : v.at(position, head + next - heads));
-    last = line + k.cache.dim * int64_t(sizeof(C));
-    if (++next == 2 * heads) next = 0, ++position;
-    return true;
-  }
-};
-
 // Scales of `count` keys of all heads, and 0 behind them.
 void read_scales(const KvCache& cache, const CacheSide& side, const Block& block, int64_t first, int count, float* factors) {
   for (int j = 0; j < kKeys; ++j) {
@@ -197,22 +161,16 @@ void write_row(const DecodeArgs& args, const Block& block, int64_t head, int64_t
   args.lse[query_head * args.q.tokens + token] = total == 0.0f ? -kInf : (maximum + std::log2(total)) * kLn2;
 }
 
-template <class A, class X, class C>
+template <class A, class X>
 void score_tile(const typename A::Unpacked* q, int64_t rows, const X* const k[kKeys], int keys, int64_t width, float* scores,
-                Ahead<C>& ahead, int lines) {
-  for (int j = 0; j < keys; j += W) {
-    ahead.ask(lines);
-    score_keys<A>(q, rows, k + j, width, scores + j);
-  }
+                Ahead& ahead) {
+  for (int j = 0; j < keys; j += W) score_keys<A>(q, rows, k + j, width, scores + j, ahead);
 }
-template <class A, class X, class C>
+template <class A, class X>
 void sum_tile_columns(const float* p, int64_t rows, const X* const v[kKeys], int keys, const float* keep, const float* gain, int64_t width,
-                      float* sums, Ahead<C>& ahead, int lines) {
+                      float* sums, Ahead& ahead) {
   const int steps = A::kColumns == W ? keys : std::min(keys, W);
-  for (int64_t column = 0; column < width;) {
-    ahead.ask(lines);
-    column = sum_columns<A>(p, rows, v, steps, column, keep, gain, width, sums);
-  }
+  for (int64_t column = 0; column < width;) column = sum_columns<A>(p, rows, v, steps, column, keep, gain, width, sums, ahead);
 }
 
 // Words: the values' scales relative to the largest of the tile, which goes to v_step.
@@ -242,25 +200,27 @@ void work(const DecodeArgs& args, const Block& block, int64_t range, const Scrat
   Keys seen[kRows];
   for (int64_t r = 0; r < rows; ++r) seen[r] = visible(args, (block.row + r) / group, n, length);
   const Softmax softmax = {own.maximum, own.total, own.keep, own.gain, own.q_step, own.v_step};
-  const Rows<C> k{args.cache, args.cache.k, block.sequence}, v{args.cache, args.cache.v, block.sequence};
   const bool in_place = rows <= 5 && dim % A::kColumns == 0;      // a row meets one register tile only: no need to unpack it first
   const int64_t start = block.first + range * block.range, end = std::min(block.last, start + block.range);
-  const int64_t steps = kKeys / W + (width / W + kTogether - 1) / kTogether;      // of a head, see Ahead
-  const int lines = int((2 * kKeys * (dim * int64_t(sizeof(C)) + 63) / 64 + steps - 1) / steps);
   for (int64_t key = start; key < end; key += kKeys) {
     const int keys = int(std::min<int64_t>(kKeys, end - key));
-    Ahead<C> ahead{k, v, block.head, block.heads, key + kKeys, std::min(end, key + 2 * kKeys)};
-    const C* raw[kKeys];
+    Ahead ahead{args.cache, block.sequence, block.head, block.heads, key + kKeys, std::min(end, key + 2 * kKeys)};
+    const C *k_first[kKeys], *v_first[kKeys], *raw[kKeys];      // of the block's first head
     const U* unpacked[kKeys];
+    for (int j = 0; j < kKeys; ++j) {
+      const int64_t at = key + std::min(j, keys - 1), row = args.cache.row(block.sequence, at), column = args.cache.column(at);
+      k_first[j] = reinterpret_cast<const C*>(args.cache.k.data) + args.cache.k.at(row, column, block.head);
+      v_first[j] = reinterpret_cast<const C*>(args.cache.v.data) + args.cache.v.at(row, column, block.head);
+    }
     for (int64_t h = 0; h < block.heads; ++h) {
-      for (int j = 0; j < kKeys; ++j) raw[j] = k.at(key + std::min(j, keys - 1), block.head + h);
+      for (int j = 0; j < kKeys; ++j) raw[j] = k_first[j] + h * args.cache.k.stride_head;
       const U* const q_head = q + h * rows * width;
       float* const scores = own.scores + h * rows * kKeys;
       if (in_place) {
-        score_tile<A>(q_head, rows, raw, keys, width, scores, ahead, lines);
+        score_tile<A>(q_head, rows, raw, keys, width, scores, ahead);
       } else {
         for (int j = 0; j < kKeys; ++j) unpacked[j] = unpack_row<A>(raw[j], dim, k_rows + j * width);
-        score_tile<A>(q_head, rows, unpacked, keys, width, scores, ahead, lines);
+        score_tile<A>(q_head, rows, unpacked, keys, width, scores, ahead);
       }
     }
     if (scaled) {
@@ -277,15 +237,15 @@ void work(const DecodeArgs& args, const Block& block, int64_t range, const Scrat
     soften<A>({args.softcap, whole, from, to, block.heads, rows, own.scores, scaled ? own.k_factors : nullptr,
                scaled ? own.v_factors : nullptr}, softmax);
     for (int64_t h = 0; h < block.heads; ++h) {
-      for (int j = 0; j < keys; ++j) raw[j] = v.at(key + j, block.head + h);
+      for (int j = 0; j < keys; ++j) raw[j] = v_first[j] + h * args.cache.v.stride_head;
       for (int j = keys; j < kKeys; ++j) raw[j] = reinterpret_cast<const C*>(own.v_rows + kKeys * width);
       const float *p = own.scores + h * rows * kKeys, *keep = own.keep + h * rows, *gain = own.gain + h * rows;
       float* const sums = own.sums + h * rows * width;
       if (in_place) {
-        sum_tile_columns<A>(p, rows, raw, keys, keep, gain, width, sums, ahead, lines);
+        sum_tile_columns<A>(p, rows, raw, keys, keep, gain, width, sums, ahead);
       } else {
         for (int j = 0; j < kKeys; ++j) unpacked[j] = unpack_row<A>(raw[j], dim, v_rows + j * width);
-        sum_tile_columns<A>(p, rows, unpacked, keys, keep, gain, width, sums, ahead, lines);
+        sum_tile_columns<A>(p, rows, unpacked, keys, keep, gain, width, sums, ahead);
       }
     }
   }

@@ -106,6 +106,36 @@ const typename A::Unpacked* unpack_row(const C* x, int64_t count, typename A::Un
   return out;
 }
 
+// ---------------------------------------------------------------------------------------------- the next tile
+// Asks for the next tile, in the order of memory and as many lines at a time as the present one is read; into L2, because L1 is full. More
+// at once would wait until the memory has caught up: only some twenty requests can be under way.
+struct Ahead {
+  const KvCache& cache;
+  int64_t sequence, head, heads, position, end;
+  int64_t next = 0;                                // of the heads of the keys, then of the values, at `position`
+  const char *line = cache.k.data, *last = line;
+
+  template <int Lines>
+  void ask() {
+#pragma GCC unroll 8
+    for (int i = 0; i < Lines; ++i) __builtin_prefetch(line + i * 64, 0, 2);
+    line += Lines * 64;
+    if (line >= last) turn();
+  }
+
+ private:
+  __attribute__((noinline)) void turn() {
+    if (position >= end) return void(line = last = cache.k.data);      // nothing left: the same lines again, which cost nothing
+    const CacheSide& side = next < heads ? cache.k : cache.v;
+    const int64_t size = int64_t(dtype_size(cache.dtype)), together = side.stride_head == cache.dim ? heads : 1;      // one run of memory
+    line = side.data + size * side.at(cache.row(sequence, position), cache.column(position), head + next % heads);
+    last = line + size * together * cache.dim;
+    if (side.scale != nullptr) __builtin_prefetch(&side.scale_at(cache.row(sequence, position), cache.column(position), head), 0, 2);
+    next += together;
+    if (next == 2 * heads) next = 0, ++position;
+  }
+};
+
 // ---------------------------------------------------------------------------------------------- products
 
 // f(count, first row), count a compile-time 1 to 5: all rows in groups that fill a register tile.
@@ -125,11 +155,15 @@ LV_INLINE void in_groups(int64_t rows, F f) {
   }
 }
 
+// Lines that one step reads.
+template <class A, class X>
+constexpr int kLines = std::max<int>(1, kTogether * A::kColumns * int(sizeof(X)) / 64);
+
 // scores[r][j] = q[r] · k[j] for R rows and W keys. 
 // Keys b, b + W/kTogether, b + 2W/kTogether, … together: their sums meet in the first steps of the sum across lanes, so that only one
 // vector in kTogether waits for the last steps.
 template <class A, int R, class X>
-LV_INLINE void dot_tile(const typename A::Unpacked* q, const X* const k[W], int64_t width, float* scores) {
+LV_INLINE void dot_tile(const typename A::Unpacked* q, const X* const k[W], int64_t width, float* scores, Ahead& ahead) {
   using Sum = typename A::Sum;
   constexpr int kBatches = W / kTogether;
   const auto add = [](Sum a, Sum b) { return a + b; };
@@ -138,6 +172,7 @@ LV_INLINE void dot_tile(const typename A::Unpacked* q, const X* const k[W], int6
   for (int b = 0; b < kBatches; ++b) {
     Sum acc[R][kTogether] = {};
     for (int64_t d = 0; d < width; d += A::kColumns) {
+      ahead.ask<kLines<A, X>>();
       typename A::Operand x[kTogether];
 #pragma GCC unroll 4
       for (int i = 0; i < kTogether; ++i) x[i] = A::operand(k[b + i * kBatches] + d);
@@ -156,9 +191,9 @@ LV_INLINE void dot_tile(const typename A::Unpacked* q, const X* const k[W], int6
 }
 
 template <class A, class X>
-void score_keys(const typename A::Unpacked* q, int64_t rows, const X* const k[W], int64_t width, float* scores) {
+void score_keys(const typename A::Unpacked* q, int64_t rows, const X* const k[W], int64_t width, float* scores, Ahead& ahead) {
   in_groups(rows, [&](auto count, int64_t r) {
-    dot_tile<A, decltype(count)::value>(q + r * width, k, width, scores + r * kKeys);
+    dot_tile<A, decltype(count)::value>(q + r * width, k, width, scores + r * kKeys, ahead);
   });
 }
 
@@ -181,9 +216,10 @@ LV_INLINE void load_columns(const X* const v[kKeys], int j, int64_t column, type
 // out[r] = out[r] · keep[r] + gain[r] · Σ_j p[r][j] v[j], for R rows and C vectors of columns from `column` on
 template <class A, int R, int C, class X>
 LV_INLINE void sum_tile(const float* p, const X* const v[kKeys], int steps, int64_t column, const float* keep,
-                        const float* gain, int64_t width, float* out) {
+                        const float* gain, int64_t width, float* out, Ahead& ahead) {
   typename A::Sum acc[R][C] = {};
   for (int j = 0; j < steps; ++j) {
+    ahead.ask<kLines<A, X>>();
     typename A::Operand x[C];
     load_columns<A, C>(v, j, column, x);
 #pragma GCC unroll 5
@@ -206,13 +242,13 @@ LV_INLINE void sum_tile(const float* p, const X* const v[kKeys], int steps, int6
 // The next vectors of columns, as many as fit a register tile, for all rows; returns the column after them.
 template <class A, class X>
 int64_t sum_columns(const float* p, int64_t rows, const X* const v[kKeys], int steps, int64_t column, const float* keep,
-                    const float* gain, int64_t width, float* out) {
+                    const float* gain, int64_t width, float* out, Ahead& ahead) {
   const int64_t left = (width - column) / W;
   const int vectors = left >= kTogether ? kTogether : left >= 2 ? 2 : 1;
   in_groups(rows, [&](auto count, int64_t r) {
     constexpr int R = decltype(count)::value;
     const auto tile = [&](auto c) {
-      sum_tile<A, R, decltype(c)::value>(p + r * kKeys, v, steps, column, keep + r, gain + r, width, out + r * width);
+      sum_tile<A, R, decltype(c)::value>(p + r * kKeys, v, steps, column, keep + r, gain + r, width, out + r * width, ahead);
     };
     if (vectors == kTogether) return tile(std::integral_constant<int, kTogether>{});
     if constexpr (kTogether > 2) {

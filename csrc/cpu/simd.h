@@ -218,10 +218,10 @@ LV_INLINE V fold(V* x, Op op) {
   if constexpr (N == 1) {
     return x[0];
   } else {
-    vi kept, crossed;
-    for (int l = 0; l < W; ++l) kept[l] = (l & H) == 0 ? l : W + l, crossed[l] = (l & H) == 0 ? l + H : W + l - H;
+    vi second, crossed;
+    for (int l = 0; l < W; ++l) second[l] = (l & H) == 0 ? 0 : -1, crossed[l] = (l & H) == 0 ? l + H : W + l - H;
 #pragma GCC unroll 8
-    for (int i = 0; i < N / 2; ++i) x[i] = op(__builtin_shuffle(x[i], x[i + N / 2], kept), __builtin_shuffle(x[i], x[i + N / 2], crossed));
+    for (int i = 0; i < N / 2; ++i) x[i] = op(second ? x[i + N / 2] : x[i], __builtin_shuffle(x[i], x[i + N / 2], crossed));
     return fold<N / 2, H / 2>(x, op);
   }
 }
