@@ -7,8 +7,8 @@ using namespace longvita;
 void bind_append_kv(py::module_& m) {
   // k, v: address, strides of token, head and dimension
   m.def("append_kv", [](int dtype, int64_t tokens, uintptr_t k, int64_t k_token, int64_t k_head, int64_t k_dim, uintptr_t v, int64_t v_token,
-                        int64_t v_head, int64_t v_dim, int cache_dtype, const CacheArgs& cache, const SideArgs& k_side,
-                        const SideArgs& v_side, int64_t batch, uintptr_t offsets, uintptr_t lengths, int threads) {
+                        int64_t v_head, int64_t v_dim, int cache_dtype, const py::tuple& cache, const py::tuple& k_side,
+                        const py::tuple& v_side, int64_t batch, uintptr_t offsets, uintptr_t lengths, int threads) {
     check(dtype >= 0 && dtype <= 2, "append_kv: expected float32, bfloat16 or float16");
     check(threads > 0, "append_kv: threads must be positive");
     if (tokens == 0) return;

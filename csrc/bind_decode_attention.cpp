@@ -10,7 +10,7 @@ namespace {
 struct DecodeProblem : DecodeArgs {
   // Head dimension: the cache's.
   DecodeProblem(int code, uintptr_t q_, int64_t tokens, int64_t heads, int64_t stride_token, int64_t stride_head, int64_t stride_dim,
-                int cache_code, const CacheArgs& cache_, const SideArgs& k, const SideArgs& v, int64_t batch, uintptr_t offsets,
+                int cache_code, const py::tuple& cache_, const py::tuple& k, const py::tuple& v, int64_t batch, uintptr_t offsets,
                 uintptr_t lengths, bool causal_, int64_t left, int64_t right, float softcap_, float scale, int threads_) {
     check(code >= 0 && code <= 2, "decode_attention: expected float32, bfloat16 or float16");
     check(threads_ > 0, "decode_attention: threads must be positive");
@@ -37,7 +37,7 @@ struct DecodeProblem : DecodeArgs {
 
 void bind_decode_attention(py::module_& m) {
   py::class_<DecodeProblem>(m, "decode_attention_problem", "A call of decode_attention, its arguments checked.")
-      .def(py::init<int, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, const CacheArgs&, const SideArgs&, const SideArgs&,
+      .def(py::init<int, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, const py::tuple&, const py::tuple&, const py::tuple&,
                     int64_t, uintptr_t, uintptr_t, bool, int64_t, int64_t, float, float, int>())
       .def("scratch", [](const DecodeProblem& p) { return decode_kernels().scratch(p); }, "floats of scratch that it needs")
       .def("run", &DecodeProblem::run);

@@ -56,7 +56,10 @@ struct Scratch {
     return at;
   }
 };
-int64_t thread_floats(int64_t dim, int64_t heads) { return Scratch(nullptr, dim, heads).end - static_cast<float*>(nullptr); }
+int64_t thread_floats(int64_t dim, int64_t heads) {
+  float* const anywhere = reinterpret_cast<float*>(64);      // only the distance counts
+  return Scratch(anywhere, dim, heads).end - anywhere;
+}
 int64_t partial_floats(int64_t dim) { return padded(dim) + W; }      // sums, then maximum and denominator
 
 struct Keys {
@@ -185,17 +188,39 @@ void scale_to_words(const Block& block, const Scratch& own) {
   }
 }
 
+void clear(const Scratch& own, int64_t rows, int64_t width) {
+  std::fill(own.sums, own.sums + rows * width, 0.0f);
+  std::fill(own.v_rows + kKeys * width, own.v_rows + (kKeys + 1) * width, 0.0f);
+  for (int64_t i = 0; i < (rows + W - 1) / W * W; ++i) own.maximum[i] = -kInf, own.total[i] = 0.0f, own.v_step[i] = 1.0f;
+}
+
+// Straight to the output, or where the ranges of the block meet.
+template <class T>
+void hand_over(const DecodeArgs& args, const Block& block, int64_t range, const Scratch& own, float* partials, bool dealt) {
+  const int64_t width = padded(args.q.dim), all = block.heads * block.rows;
+  for (int64_t i = 0; i < all; ++i) {
+    float* const sums = own.sums + i * width;
+    if (dealt) straighten(sums, width);
+    if (block.splits == 1) {
+      write_row<T>(args, block, i / block.rows, i % block.rows, sums, own.maximum[i], own.total[i]);
+      continue;
+    }
+    float* partial = partials + (block.partial + range * all + i) * partial_floats(args.q.dim);
+    std::copy(sums, sums + width, partial);
+    partial[width] = own.maximum[i], partial[width + 1] = own.total[i];
+  }
+}
+
 template <class A, class C, class T>
 void work(const DecodeArgs& args, const Block& block, int64_t range, const Scratch& own, float* partials) {
   using U = typename A::Unpacked;
-  const int64_t dim = args.q.dim, width = padded(dim), group = args.q.heads / args.cache.heads, rows = block.rows, all = block.heads * rows;
+  const int64_t dim = args.q.dim, width = padded(dim), group = args.q.heads / args.cache.heads, rows = block.rows;
   const int64_t length = args.sequences.lengths[block.sequence];
   const int64_t n = args.sequences.offsets[block.sequence + 1] - args.sequences.offsets[block.sequence];
   const bool scaled = args.cache.k.scale != nullptr;
-  U *const q = reinterpret_cast<U*>(own.q), *const k_rows = reinterpret_cast<U*>(own.k_rows), *const v_rows = reinterpret_cast<U*>(own.v_rows);
-  std::fill(own.sums, own.sums + all * width, 0.0f);
-  std::fill(own.v_rows + kKeys * width, own.v_rows + (kKeys + 1) * width, 0.0f);
-  for (int64_t i = 0; i < (all + W - 1) / W * W; ++i) own.maximum[i] = -kInf, own.total[i] = 0.0f, own.v_step[i] = 1.0f;
+  U *const q = reinterpret_cast<U*>(own.q);
+  U *const k_rows = reinterpret_cast<U*>(own.k_rows), *const v_rows = reinterpret_cast<U*>(own.v_rows);
+  clear(own, block.heads * rows, width);
   load_queries<A, T>(args, block, own);
   Keys seen[kRows];
   for (int64_t r = 0; r < rows; ++r) seen[r] = visible(args, (block.row + r) / group, n, length);
@@ -249,17 +274,7 @@ void work(const DecodeArgs& args, const Block& block, int64_t range, const Scrat
       }
     }
   }
-  for (int64_t i = 0; i < all; ++i) {
-    float* const sums = own.sums + i * width;
-    if constexpr (A::kColumns != W) straighten(sums, width);
-    if (block.splits == 1) {
-      write_row<T>(args, block, i / rows, i % rows, sums, own.maximum[i], own.total[i]);
-      continue;
-    }
-    float* partial = partials + (block.partial + range * all + i) * partial_floats(dim);
-    std::copy(sums, sums + width, partial);
-    partial[width] = own.maximum[i], partial[width + 1] = own.total[i];
-  }
+  hand_over<T>(args, block, range, own, partials, A::kColumns != W);
 }
 
 template <class T>

@@ -241,6 +241,26 @@ def check_head_dim(name, size):
         raise ValueError(f"{name} has head dimension {size}; expected a multiple of 8, at most 256. Pad it with zeros")
 
 
+def common_case(*tensors):
+    """Whether all tensors are float32, bfloat16 or float16 alike, dense and on the CPU: what a check of dtypes, devices and strides that
+    found nothing would say, in one call instead of a dozen."""
+    dtype = tensors[0].dtype
+    if dtype not in FLOAT_DTYPES:
+        return False
+    for tensor in tensors:
+        if tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            return False
+    return True
+
+
+def common_offsets(*tensors):
+    """The same of int32 tensors with one dimension and at least one entry."""
+    for tensor in tensors:
+        if tensor.dtype is not torch.int32 or not tensor.is_cpu or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() == 0:
+            return False
+    return True
+
+
 def check_cu_seqlens(name, cu_seqlens, device):
     """int32 (n_docs + 1,) on `device`. Its values are checked when the op runs: `check_cu_seqlens_values`."""
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:

@@ -27,12 +27,13 @@ def append_kv(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, *, block_tabl
     k_scale, v_scale  float32, the cache's shape without D; required with an 8-bit cache, forbidden with another
     Returns None. No gradient flows through the cache. Raises ValueError for arguments that do not fit each other or the cache.
     """
-    _common.check_shape("k", k, (None, None, None), "(T, Hkv, D)")
-    _common.check_float("k", k)
-    _common.check_shape("v", v, k.shape, "the shape of k")
-    _common.check_like("v", v, "k", k)
-    _common.check_last_stride("k", k)
-    _common.check_last_stride("v", v)
+    if k.dim() != 3 or v.shape != k.shape or not _common.common_case(k, v):
+        _common.check_shape("k", k, (None, None, None), "(T, Hkv, D)")
+        _common.check_float("k", k)
+        _common.check_shape("v", v, k.shape, "the shape of k")
+        _common.check_like("v", v, "k", k)
+        _common.check_last_stride("k", k)
+        _common.check_last_stride("v", v)
     _cache.check_cache(("k", k), k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
     if k_cache.shape[2] != k.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads but k_cache has {k_cache.shape[2]}; they must agree")

@@ -94,11 +94,12 @@ def decode_attention(
     Raises ValueError for arguments that do not fit each other or the cache, RuntimeError when a gradient is asked of it.
     """
     (q,) = _common.autocast_tensors(q)
-    _common.check_shape("q", q, (None, None, None), "(T, Hq, D)")
-    _common.check_float("q", q)
+    if q.dim() != 3 or not _common.common_case(q):
+        _common.check_shape("q", q, (None, None, None), "(T, Hq, D)")
+        _common.check_float("q", q)
+        _common.check_last_stride("q", q)
     _, heads, dim = q.shape
     _common.check_head_dim("q", dim)
-    _common.check_last_stride("q", q)
     _cache.check_cache(("q", q), k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
     kv_heads = k_cache.shape[2]
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
@@ -195,6 +196,8 @@ def _samples(dtype, device, seed):
     yield make("not causal, two-sided window, scale", (6,), (29,), (1, 29), causal=False, window_size=(4, 2), softmax_scale=0.3)
     yield make("paged", (5, 1), (7, 23), (6, 8), table=table)
     yield make("int8", (3, 1), (61, 130), (2, 130), heads=(8, 2), dim=40, cache_dtype=torch.int8)
+    yield make("int8, split, group 5, D 128", (1,), (1601,), (1, 1700), heads=(5, 1), dim=128, cache_dtype=torch.int8)
+    yield make("int8, window, D 32", (9, 1), (70, 50), (2, 80), dim=32, cache_dtype=torch.int8, window_size=(40, 0))
     yield make("int8 paged", (2, 1), (13, 20), (6, 8), cache_dtype=torch.int8, table=table)
     yield make("fp8", (1, 4), (70, 9), (2, 70), cache_dtype=torch.float8_e4m3fn)
     yield make("float16 cache, D 256", (1,), (33,), (1, 40), heads=(2, 1), dim=256, cache_dtype=torch.float16)
