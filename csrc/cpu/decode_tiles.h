@@ -107,32 +107,47 @@ const typename A::Unpacked* unpack_row(const C* x, int64_t count, typename A::Un
 }
 
 // ---------------------------------------------------------------------------------------------- the next tile
-// Asks for the next tile, in the order of memory and as many lines at a time as the present one is read; into L2, because L1 is full. More
-// at once would wait until the memory has caught up: only some twenty requests can be under way.
+// Asks for the next tile, line by line as the present one is read, into L2, because L1 is full. Keys and values, first and second half of
+// the tile, in turns: a core has some twenty requests of its own under way, too few for the memory's latency; what fills the memory's time is
+// the prefetcher of L2, which runs ahead in every page that it sees read in order, and several pages are more than one.
 struct Ahead {
+  static constexpr int kStreams = 4;
   const KvCache& cache;
   int64_t sequence, head, heads, position, end;
-  int64_t next = 0;                                // of the heads of the keys, then of the values, at `position`
-  const char *line = cache.k.data, *last = line;
+  int64_t half = (end - position + 1) / 2, at = 0, next = 0;      // token of each half, head of it
+  const char *line[kStreams] = {cache.k.data, cache.k.data, cache.k.data, cache.k.data}, *last = cache.k.data;
+  int pending = 0;      // lines, less than one of each stream
 
   template <int Lines>
   void ask() {
+    if constexpr (Lines < kStreams) {
+      if ((pending += Lines) < kStreams) return;
+      pending = 0;
+    }
+    constexpr int kEach = std::max(1, Lines / kStreams);
 #pragma GCC unroll 8
-    for (int i = 0; i < Lines; ++i) __builtin_prefetch(line + i * 64, 0, 2);
-    line += Lines * 64;
-    if (line >= last) turn();
+    for (int i = 0; i < kEach * kStreams; ++i) __builtin_prefetch(line[i % kStreams] + i / kStreams * 64, 0, 2);
+    for (const char*& p : line) p += kEach * 64;
+    if (line[0] >= last) turn();
   }
 
  private:
   __attribute__((noinline)) void turn() {
-    if (position >= end) return void(line = last = cache.k.data);      // nothing left: the same lines again, which cost nothing
-    const CacheSide& side = next < heads ? cache.k : cache.v;
-    const int64_t size = int64_t(dtype_size(cache.dtype)), together = side.stride_head == cache.dim ? heads : 1;      // one run of memory
-    line = side.data + size * side.at(cache.row(sequence, position), cache.column(position), head + next % heads);
-    last = line + size * together * cache.dim;
-    if (side.scale != nullptr) __builtin_prefetch(&side.scale_at(cache.row(sequence, position), cache.column(position), head), 0, 2);
-    next += together;
-    if (next == 2 * heads) next = 0, ++position;
+    if (at >= half) {      // nothing left: the same lines again, which cost nothing
+      for (const char*& p : line) p = cache.k.data;
+      return void(last = cache.k.data);
+    }
+    const int64_t size = int64_t(dtype_size(cache.dtype));
+    const bool dense = cache.k.stride_head == cache.dim && cache.v.stride_head == cache.dim;      // all heads are one run of memory
+    for (int i = 0; i < kStreams; ++i) {
+      const CacheSide& side = i % 2 == 0 ? cache.k : cache.v;
+      const int64_t token = std::min(end - 1, position + at + i / 2 * half), row = cache.row(sequence, token), column = cache.column(token);
+      line[i] = side.data + size * side.at(row, column, head + next);
+      if (side.scale != nullptr) __builtin_prefetch(&side.scale_at(row, column, head), 0, 2);
+    }
+    last = line[0] + size * (dense ? heads : 1) * cache.dim;
+    next += dense ? heads : 1;
+    if (next == heads) next = 0, ++at;
   }
 };
 
