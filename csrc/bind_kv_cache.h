@@ -1,7 +1,6 @@
 // Python arguments → KvCache, checked: every position that the sequences reach must lie inside the cache.
 #pragma once
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <array>
 
@@ -14,6 +13,18 @@ using SideArgs = std::array<int64_t, 8>;
 // (rows, row_size, heads, dim, table address or 0, table stride, table columns)
 using CacheArgs = std::array<int64_t, 7>;
 
+// A tuple of N ints. pybind11's own conversion to an array takes several times longer, which a tiny call feels.
+template <size_t N>
+std::array<int64_t, N> numbers(const pybind11::tuple& tuple) {
+  check(tuple.size() == N, "cache: expected tuples of ", int64_t(N), " numbers, got ", int64_t(tuple.size()));
+  std::array<int64_t, N> out;
+  for (size_t i = 0; i < N; ++i) {
+    out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), Py_ssize_t(i)));
+    if (out[i] == -1 && PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
+  }
+  return out;
+}
+
 inline CacheSide cache_side(const SideArgs& a, DType dtype, const char* name) {
   for (int i : {1, 2, 3, 5, 6, 7}) check(a[i] >= 0, name, ": strides must not be negative");
   check(a[0] != 0, name, ": null pointer");
@@ -22,7 +33,8 @@ inline CacheSide cache_side(const SideArgs& a, DType dtype, const char* name) {
   return {reinterpret_cast<char*>(a[0]), a[1], a[2], a[3], reinterpret_cast<float*>(a[4]), a[5], a[6], a[7]};
 }
 
-inline KvCache kv_cache(int dtype, const CacheArgs& a, const SideArgs& k, const SideArgs& v) {
+inline KvCache kv_cache(int dtype, const pybind11::tuple& sizes, const pybind11::tuple& k, const pybind11::tuple& v) {
+  const CacheArgs a = numbers<7>(sizes);
   check(dtype >= 0 && dtype <= 4, "cache: expected float32, bfloat16, float16, int8 or float8_e4m3fn");
   check(a[0] > 0 && a[1] > 0 && a[2] > 0 && a[3] > 0, "cache: sizes must be positive");
   check(a[4] == 0 || (a[5] >= 0 && a[6] > 0), "cache: block_table sizes must be positive");
@@ -31,8 +43,8 @@ inline KvCache kv_cache(int dtype, const CacheArgs& a, const SideArgs& k, const 
   cache.rows = a[0], cache.row_size = a[1], cache.heads = a[2], cache.dim = a[3];
   cache.table = reinterpret_cast<const int32_t*>(a[4]);
   cache.table_stride = a[5], cache.table_columns = a[6];
-  cache.k = cache_side(k, cache.dtype, "k_cache");
-  cache.v = cache_side(v, cache.dtype, "v_cache");
+  cache.k = cache_side(numbers<8>(k), cache.dtype, "k_cache");
+  cache.v = cache_side(numbers<8>(v), cache.dtype, "v_cache");
   return cache;
 }
 

@@ -62,7 +62,7 @@ bool isa_runs_here(Isa isa) {
     case Isa::avx2:
     case Isa::emulated: return avx2;
     case Isa::avx512: return avx512;
-    case Isa::avx512bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::avx512bf16: return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     default: return true;
   }
 #else

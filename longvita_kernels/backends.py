@@ -109,6 +109,11 @@ def choose(op, tensor, unsupported=None):
 
     `unsupported` says why the native kernel cannot take this problem: a fixed text without the call's values, as it is warned of once.
     """
+    if (  # the common case, which every call pays for, without a reason being put into words
+        unsupported is None and use._requested != "reference" and use._read_environment and tensor.is_cpu
+        and tensor.dtype in _NATIVE_DTYPES and _native_lacks(op) is None
+    ):  # fmt: skip
+        return "native"
     backend, reason, warn = _decide(op, tensor, unsupported)
     if warn:
         _warn_once(op, reason)

@@ -84,6 +84,7 @@ def built_isas() -> dict[str, bool]:
     return _require().built_isas()
 
 
+@functools.cache
 def dtype_code(dtype: torch.dtype) -> int:
     """The number that csrc/ knows a torch dtype by."""
     name = str(dtype).removeprefix("torch.")

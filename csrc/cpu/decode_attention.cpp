@@ -7,24 +7,19 @@
 #include "decode_attention.h"
 
 #include <algorithm>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#include "simd.h"
+#include "decode_tiles.h"
 
 namespace longvita::LV_ISA {
 namespace {
 
-constexpr int kRows = 32, kKeys = 32;              // a tile of scores; 32 keys of 128 floats are half of L1
 constexpr int64_t kSplit = 512, kMaxPieces = 64;   // keys per range at least; pieces per sequence about at most
 constexpr int64_t kTogetherKeys = 8192;            // from so many keys on, all heads make one block
-constexpr int kTogether = W == 16 ? 4 : 2;         // keys in one register tile of up to 5 rows
-static_assert(kKeys % W == 0 && W % kTogether == 0, "a row of scores is whole vectors");
 
 struct Block {
   int64_t sequence, head, heads;          // key/value heads
@@ -40,8 +35,30 @@ struct Plan {
 };
 
 int64_t padded(int64_t dim) { return (dim + W - 1) / W * W; }
+
+// Where a thread keeps what it works with, in floats from `memory`.
+struct Scratch {
+  float *q, *sums, *scores, *maximum, *total, *keep, *gain, *q_step, *v_step, *k_factors, *v_factors, *k_rows, *v_rows, *end;
+
+  Scratch(float* memory, int64_t dim, int64_t heads) : end(memory) {
+    const int64_t width = padded(dim), rows = heads * kRows;
+    for (float** part : {&q, &sums}) *part = take(rows * width);
+    scores = take(rows * kKeys);
+    for (float** part : {&maximum, &total, &keep, &gain, &q_step, &v_step}) *part = take((rows + W - 1) / W * W);
+    for (float** part : {&k_factors, &v_factors}) *part = take(heads * kKeys);
+    for (float** part : {&k_rows, &v_rows}) *part = take((kKeys + 1) * width);      // and a row of zeros
+  }
+
+ private:
+  float* take(int64_t floats) {
+    float* const at = end;
+    end += floats;
+    return at;
+  }
+};
 int64_t thread_floats(int64_t dim, int64_t heads) {
-  return heads * (2 * kRows * padded(dim) + 2 * kRows) + kKeys * padded(dim) + kRows * kKeys + 2 * kKeys + kRows;
+  float* const anywhere = reinterpret_cast<float*>(64);      // only the distance counts
+  return Scratch(anywhere, dim, heads).end - anywhere;
 }
 int64_t partial_floats(int64_t dim) { return padded(dim) + W; }      // sums, then maximum and denominator
 
@@ -88,199 +105,51 @@ Plan make_plan(const DecodeArgs& args) {
 
 // ---------------------------------------------------------------------------------------------- reading the cache
 
-LV_INLINE vf from_i8(const int8_t* p) { return __builtin_convertvector(widen_bytes(p), vf); }
-
-// The 7 bits of magnitude, shifted into a float's place, are the value times 2^-120.
-LV_INLINE vf from_e4m3(const uint8_t* p) {
-  const vu u = (vu)widen_bytes(p), magnitude = u & 0x7f;
-  const vf value = (vf)(magnitude << 20) * 0x1p120f;
-  const vf bounded = select((vi)(magnitude == 0x7f), splat(std::numeric_limits<float>::quiet_NaN()), value);
-  return (vf)((vu)bounded | ((u & 0x80) << 24));
-}
-
-// W values as fp32.
-template <class C>
-LV_INLINE vf load_wide(const C* x) {
-  if constexpr (std::is_same_v<C, int8_t>) return from_i8(x);
-  else if constexpr (std::is_same_v<C, uint8_t>) return from_e4m3(x);
-  else return load(x);
-}
-
-template <class C>
-void widen_row(const C* x, float* out, int64_t dim) {
-  int64_t d = 0;
-  for (; d + W <= dim; d += W) store(out + d, load_wide(x + d));
-  if (d < dim) {
-    C last[W] = {};
-    std::memcpy(last, x + d, size_t(dim - d) * sizeof(C));
-    store(out + d, load_wide(last));
-  }
-}
-
-// The keys, or the values, of one sequence.
-template <class C>
-struct Rows {
-  const KvCache& cache;
-  const CacheSide& side;
-  int64_t sequence;
-
-  const C* at(int64_t position, int64_t head) const {
-    return reinterpret_cast<const C*>(side.data) + side.at(cache.row(sequence, position), cache.column(position), head);
-  }
-  // Positions first … first + n as fp32 rows one after the other: in the cache, rows of one head lie heads · dim apart, often a power of two,
-  // and would fall into a few sets of L1.
-  void read(int64_t head, int64_t first, int n, float* buffer) const {
-    for (int j = 0; j < n; ++j) widen_row(at(first + j, head), buffer + j * padded(cache.dim), cache.dim);
-  }
-};
-
-// Asks for the rows of the next tile, in the order of memory and a few at a time, while the present one is computed with; into L2, because
-// L1 is full.
-template <class C>
-struct Ahead {
-  const Rows<C>&k, &v;
-  int64_t head, heads, position, end;
-  int64_t next = 0;      // of 2 · heads rows at `position`
-
-  void ask(int rows) {
-    for (; rows > 0 && position < end; --rows) {
-      const char* p = reinterpret_cast<const char*>(next < heads ? k.at(position, head + next) : v.at(position, head + next - heads));
-      for (int64_t i = 0; i < k.cache.dim * int64_t(sizeof(C)); i += 64) __builtin_prefetch(p + i, 0, 2);
-      if (++next == 2 * heads) next = 0, ++position;
+// Scales of `count` keys of all heads, and 0 behind them.
+void read_scales(const KvCache& cache, const CacheSide& side, const Block& block, int64_t first, int count, float* factors) {
+  for (int j = 0; j < kKeys; ++j) {
+    const int64_t at = first + std::min(j, count - 1), row = cache.row(block.sequence, at), column = cache.column(at);
+    for (int64_t h = 0; h < block.heads; ++h) {
+      factors[h * kKeys + j] = j < count ? side.scale_at(row, column, block.head + h) : 0.0f;
     }
   }
-};
-
-void read_scales(const KvCache& cache, const CacheSide& side, int64_t b, int64_t head, int64_t first, int count, float* factors) {
-  if (side.scale == nullptr) return;
-  for (int j = 0; j < count; ++j) factors[j] = side.scale_at(cache.row(b, first + j), cache.column(first + j), head);
-}
-
-// ---------------------------------------------------------------------------------------------- arithmetic on tiles
-
-// f(count, first row), count a compile-time 1 to 5: all rows in groups that fill a register tile.
-template <class F>
-LV_INLINE void in_groups(int64_t rows, F f) {
-  const int64_t most = rows % 5 == 0 ? 5 : 4;      // 5: the group of Qwen2.5-14B, with nothing left over
-  for (int64_t r = 0; r < rows;) {
-    const int64_t now = std::min(most, rows - r);
-    switch (now) {
-      case 5: f(std::integral_constant<int, 5>{}, r); break;
-      case 4: f(std::integral_constant<int, 4>{}, r); break;
-      case 3: f(std::integral_constant<int, 3>{}, r); break;
-      case 2: f(std::integral_constant<int, 2>{}, r); break;
-      default: f(std::integral_constant<int, 1>{}, r);
-    }
-    r += now;
-  }
-}
-
-// scores[r][j] = q[r] · k[j] for R rows and W keys
-template <int R, class C>
-LV_INLINE void dot_tile(const float* q, const C* const k[W], int64_t width, float* scores) {
-  vf sums[R][W];
-#pragma GCC unroll 1
-  for (int j = 0; j < W; j += kTogether) {
-    vf acc[R][kTogether] = {};
-    for (int64_t d = 0; d < width; d += W) {
-      vf x[kTogether];
-#pragma GCC unroll 4
-      for (int i = 0; i < kTogether; ++i) x[i] = load_wide(k[j + i] + d);
-#pragma GCC unroll 5
-      for (int r = 0; r < R; ++r) {
-        const vf row = load(q + r * width + d);
-#pragma GCC unroll 4
-        for (int i = 0; i < kTogether; ++i) acc[r][i] = fma(row, x[i], acc[r][i]);
-      }
-    }
-#pragma GCC unroll 5
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kTogether; ++i) sums[r][j + i] = acc[r][i];
-    }
-  }
-  for (int r = 0; r < R; ++r) store(scores + r * kKeys, hsum_each(sums[r]));
-}
-
-// out[r] = out[r] · keep[r] + Σ_j p[r][j] v[j], for R rows and C vectors of columns
-template <int R, int C>
-LV_INLINE void sum_tile(const float* p, const float* v, int n, const float* keep, int64_t width, float* out) {
-  vf acc[R][C];
-#pragma GCC unroll 5
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) acc[r][c] = load(out + r * width + c * W) * keep[r];
-  }
-  for (int j = 0; j < n; ++j) {
-    vf x[C];
-#pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) x[c] = load(v + j * width + c * W);
-#pragma GCC unroll 5
-    for (int r = 0; r < R; ++r) {
-      const vf weight = splat(p[r * kKeys + j]);
-#pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) acc[r][c] = fma(weight, x[c], acc[r][c]);
-    }
-  }
-#pragma GCC unroll 5
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) store(out + r * width + c * W, acc[r][c]);
-  }
-}
-
-// All rows against W keys; all rows' sums over n keys of two vectors of columns, or of the last one.
-template <class C>
-void score_keys(const float* q, int64_t rows, const C* const k[W], int64_t width, float* scores) {
-  in_groups(rows, [&](auto count, int64_t r) { dot_tile<decltype(count)::value>(q + r * width, k, width, scores + r * kKeys); });
-}
-void sum_columns(const float* p, int64_t rows, const float* v, int n, const float* keep, int64_t width, bool two, float* out) {
-  in_groups(rows, [&](auto count, int64_t r) {
-    constexpr int R = decltype(count)::value;
-    if (two) sum_tile<R, 2>(p + r * kKeys, v, n, keep + r, width, out + r * width);
-    else sum_tile<R, 1>(p + r * kKeys, v, n, keep + r, width, out + r * width);
-  });
-}
-
-// One row of scores → weights relative to the new maximum (in units of log2), times the scales of the values. Updates maximum and sum;
-// returns the factor that older sums keep.
-float soften(const DecodeArgs& args, float* s, int from, int to, const float* k_factors, const float* v_factors, float& maximum,
-             float& sum) {
-  const vf minus_infinity = splat(-kInf);
-  vf top = minus_infinity;
-  for (int j = 0; j < kKeys; j += W) {
-    vf x = load(s + j) * load(k_factors + j);
-    if (args.softcap > 0.0f) x = vtanh(x * (1.0f / args.softcap)) * args.softcap;
-    const vi at = iota() + j;
-    x = select((at >= from) & (at < to), x * kLog2e, minus_infinity);
-    top = vmax(x, top);
-    store(s + j, x);
-  }
-  const float larger = std::max(maximum, hmax(top));
-  const float base = larger == -kInf ? 0.0f : larger;
-  const float keep = std::exp2(maximum - base);
-  vf total = {};
-  for (int j = 0; j < kKeys; j += W) {
-    const vf weight = vexp2(load(s + j) - base);
-    total += weight;
-    store(s + j, weight * load(v_factors + j));
-  }
-  sum = sum * keep + hsum(total);
-  maximum = larger;
-  return keep;
 }
 
 // ---------------------------------------------------------------------------------------------- pieces of work
 
+// Row r of a head, counted over the block: query, head of the group.
 template <class T>
-void load_queries(const DecodeArgs& args, const Block& block, int64_t head, int64_t width, float* q) {
-  const int64_t group = args.q.heads / args.cache.heads;
-  for (int64_t r = 0; r < block.rows; ++r) {
-    const int64_t token = args.sequences.offsets[block.sequence] + (block.row + r) / group;
-    const int64_t query_head = (block.head + head) * group + (block.row + r) % group;
-    float* out = q + r * width;
-    widen_row(reinterpret_cast<const T*>(args.q.data) + token * args.q.stride_token + query_head * args.q.stride_head, out, args.q.dim);
-    for (int64_t d = 0; d < width; d += W) store(out + d, load(out + d) * args.softmax_scale);
+const T* query(const DecodeArgs& args, const Block& block, int64_t head, int64_t r) {
+  const int64_t group = args.q.heads / args.cache.heads, token = args.sequences.offsets[block.sequence] + (block.row + r) / group;
+  const int64_t query_head = (block.head + head) * group + (block.row + r) % group;
+  return reinterpret_cast<const T*>(args.q.data) + token * args.q.stride_token + query_head * args.q.stride_head;
+}
+
+// Queries as operands; what is left to multiply their products by goes to q_step.
+template <class A, class T>
+void load_queries(const DecodeArgs& args, const Block& block, const Scratch& own) {
+  const int64_t dim = args.q.dim, width = padded(dim);
+  for (int64_t i = 0; i < block.heads * block.rows; ++i) {
+    const T* from = query<T>(args, block, i / block.rows, i % block.rows);
+    own.q_step[i] = args.softmax_scale;
+    if constexpr (std::is_same_v<A, Wide>) {
+      unpack_row<Wide>(from, dim, own.q + i * width);
+    } else if constexpr (std::is_same_v<A, Pairs>) {
+      std::memcpy(reinterpret_cast<bf16_t*>(own.q) + i * width, from, size_t(dim) * sizeof(T));
+    } else {
+      // a sign and 15 bits, by a power of two: elements down to 1/128 of the largest stay as they are
+      vf top = {}, poison = {};
+      for (int64_t d = 0; d < dim; d += W) {
+        const vf x = load(from + d);
+        top = vmax(vabs(x), top), poison += x * 0.0f;
+      }
+      const float factor = std::exp2(float(std::min(14 - std::ilogb(std::max(hmax(top), 0x1p-80f)), 94)));
+      for (int64_t d = 0; d < dim; d += W) {
+        const vh words = __builtin_convertvector(pack_words(load(from + d) * factor, vf{}), vh);
+        std::memcpy(reinterpret_cast<int16_t*>(own.q) + i * width + d, &words, sizeof words);
+      }
+      own.q_step[i] = args.softmax_scale / factor + hsum(poison);      // NaN where a query is not finite
+    }
   }
 }
 
@@ -295,76 +164,134 @@ void write_row(const DecodeArgs& args, const Block& block, int64_t head, int64_t
   args.lse[query_head * args.q.tokens + token] = total == 0.0f ? -kInf : (maximum + std::log2(total)) * kLn2;
 }
 
-template <class T, class C>
-void work(const DecodeArgs& args, const Block& block, int64_t range, float* memory, float* partials) {
+template <class A, class X>
+void score_tile(const typename A::Unpacked* q, int64_t rows, const X* const k[kKeys], int keys, int64_t width, float* scores,
+                Ahead& ahead) {
+  for (int j = 0; j < keys; j += W) score_keys<A>(q, rows, k + j, width, scores + j, ahead);
+}
+template <class A, class X>
+void sum_tile_columns(const float* p, int64_t rows, const X* const v[kKeys], int keys, const float* keep, const float* gain, int64_t width,
+                      float* sums, Ahead& ahead) {
+  const int steps = A::kColumns == W ? keys : std::min(keys, W);
+  for (int64_t column = 0; column < width;) column = sum_columns<A>(p, rows, v, steps, column, keep, gain, width, sums, ahead);
+}
+
+// Words: the values' scales relative to the largest of the tile, which goes to v_step.
+void scale_to_words(const Block& block, const Scratch& own) {
+  for (int64_t h = 0; h < block.heads; ++h) {
+    float* factors = own.v_factors + h * kKeys;
+    vf top = {};
+    for (int j = 0; j < kKeys; j += W) top = vmax(vabs(load(factors + j)), top);
+    const float largest = hmax(top), factor = largest > 0.0f ? kLargestWord / largest : 0.0f;
+    for (int j = 0; j < kKeys; j += W) store(factors + j, load(factors + j) * factor);
+    std::fill_n(own.v_step + h * block.rows, block.rows, largest / kLargestWord);
+  }
+}
+
+void clear(const Scratch& own, int64_t rows, int64_t width) {
+  std::fill(own.sums, own.sums + rows * width, 0.0f);
+  std::fill(own.v_rows + kKeys * width, own.v_rows + (kKeys + 1) * width, 0.0f);
+  for (int64_t i = 0; i < (rows + W - 1) / W * W; ++i) own.maximum[i] = -kInf, own.total[i] = 0.0f, own.v_step[i] = 1.0f;
+}
+
+// Straight to the output, or where the ranges of the block meet.
+template <class T>
+void hand_over(const DecodeArgs& args, const Block& block, int64_t range, const Scratch& own, float* partials, bool dealt) {
+  const int64_t width = padded(args.q.dim), all = block.heads * block.rows;
+  for (int64_t i = 0; i < all; ++i) {
+    float* const sums = own.sums + i * width;
+    if (dealt) straighten(sums, width);
+    if (block.splits == 1) {
+      write_row<T>(args, block, i / block.rows, i % block.rows, sums, own.maximum[i], own.total[i]);
+      continue;
+    }
+    float* partial = partials + (block.partial + range * all + i) * partial_floats(args.q.dim);
+    std::copy(sums, sums + width, partial);
+    partial[width] = own.maximum[i], partial[width + 1] = own.total[i];
+  }
+}
+
+template <class A, class C, class T>
+void work(const DecodeArgs& args, const Block& block, int64_t range, const Scratch& own, float* partials) {
+  using U = typename A::Unpacked;
   const int64_t dim = args.q.dim, width = padded(dim), group = args.q.heads / args.cache.heads, rows = block.rows;
   const int64_t length = args.sequences.lengths[block.sequence];
   const int64_t n = args.sequences.offsets[block.sequence + 1] - args.sequences.offsets[block.sequence];
-  float *q = memory, *sums = q + block.heads * rows * width, *maximum = sums + block.heads * rows * width;
-  float *total = maximum + block.heads * rows, *buffer = total + block.heads * rows, *scores = buffer + kKeys * width;
-  float *k_factors = scores + kRows * kKeys, *v_factors = k_factors + kKeys, *keep = v_factors + kKeys;
-  for (int64_t head = 0; head < block.heads; ++head) load_queries<T>(args, block, head, width, q + head * rows * width);
-  std::fill(sums, sums + block.heads * rows * width, 0.0f);
-  std::fill(buffer, buffer + kKeys * width, 0.0f);      // rows past the last key are computed with, and masked
-  std::fill(k_factors, k_factors + 2 * kKeys, 1.0f);
-  std::fill(maximum, maximum + block.heads * rows, -kInf);
-  std::fill(total, total + block.heads * rows, 0.0f);
+  const bool scaled = args.cache.k.scale != nullptr;
+  U *const q = reinterpret_cast<U*>(own.q);
+  U *const k_rows = reinterpret_cast<U*>(own.k_rows), *const v_rows = reinterpret_cast<U*>(own.v_rows);
+  clear(own, block.heads * rows, width);
+  load_queries<A, T>(args, block, own);
+  Keys seen[kRows];
+  for (int64_t r = 0; r < rows; ++r) seen[r] = visible(args, (block.row + r) / group, n, length);
+  const Softmax softmax = {own.maximum, own.total, own.keep, own.gain, own.q_step, own.v_step};
+  const bool in_place = rows <= 5 && dim % A::kColumns == 0;      // a row meets one register tile only: no need to unpack it first
   const int64_t start = block.first + range * block.range, end = std::min(block.last, start + block.range);
-  const Rows<C> k{args.cache, args.cache.k, block.sequence}, v{args.cache, args.cache.v, block.sequence};
-  const int64_t steps = (width + 2 * W - 1) / (2 * W);      // of the weighted sum, two vectors of columns each
-  const bool once = rows <= 5 && dim % W == 0;      // a key meets one register tile only: no need to unpack it first
-  const int at_once = int((2 * kKeys + kKeys / W + steps - 1) / (kKeys / W + steps));
   for (int64_t key = start; key < end; key += kKeys) {
     const int keys = int(std::min<int64_t>(kKeys, end - key));
-    Ahead<C> ahead{k, v, block.head, block.heads, key + kKeys, std::min(end, key + 2 * kKeys)};
+    Ahead ahead{args.cache, block.sequence, block.head, block.heads, key + kKeys, std::min(end, key + 2 * kKeys)};
+    const C *k_first[kKeys], *v_first[kKeys], *raw[kKeys];      // of the block's first head
+    const U* unpacked[kKeys];
+    for (int j = 0; j < kKeys; ++j) {
+      const int64_t at = key + std::min(j, keys - 1), row = args.cache.row(block.sequence, at), column = args.cache.column(at);
+      k_first[j] = reinterpret_cast<const C*>(args.cache.k.data) + args.cache.k.at(row, column, block.head);
+      v_first[j] = reinterpret_cast<const C*>(args.cache.v.data) + args.cache.v.at(row, column, block.head);
+    }
     for (int64_t h = 0; h < block.heads; ++h) {
-      const int64_t head = block.head + h, first = h * rows;
-      if (!once) k.read(head, key, keys, buffer);
-      read_scales(args.cache, args.cache.k, block.sequence, head, key, keys, k_factors);
-      read_scales(args.cache, args.cache.v, block.sequence, head, key, keys, v_factors);
-      for (int j = 0; j < keys; j += W) {
-        ahead.ask(at_once);
-        if (once) {
-          const C* from[W];
-          for (int i = 0; i < W; ++i) from[i] = k.at(key + std::min(j + i, keys - 1), head);
-          score_keys(q + first * width, rows, from, width, scores + j);
-        } else {
-          const float* from[W];
-          for (int i = 0; i < W; ++i) from[i] = buffer + (j + i) * width;
-          score_keys(q + first * width, rows, from, width, scores + j);
-        }
+      for (int j = 0; j < kKeys; ++j) raw[j] = k_first[j] + h * args.cache.k.stride_head;
+      const U* const q_head = q + h * rows * width;
+      float* const scores = own.scores + h * rows * kKeys;
+      if (in_place) {
+        score_tile<A>(q_head, rows, raw, keys, width, scores, ahead);
+      } else {
+        for (int j = 0; j < kKeys; ++j) unpacked[j] = unpack_row<A>(raw[j], dim, k_rows + j * width);
+        score_tile<A>(q_head, rows, unpacked, keys, width, scores, ahead);
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        const Keys seen = visible(args, (block.row + r) / group, n, length);
-        const int from = int(std::clamp<int64_t>(seen.first - key, 0, keys)), to = int(std::clamp<int64_t>(seen.last - key, 0, keys));
-        keep[r] = soften(args, scores + r * kKeys, from, to, k_factors, v_factors, maximum[first + r], total[first + r]);
-      }
-      v.read(head, key, keys, buffer);
-      for (int64_t d = 0; d < width; d += 2 * W) {
-        ahead.ask(at_once);
-        sum_columns(scores, rows, buffer + d, keys, keep, width, d + 2 * W <= width, sums + first * width + d);
+    }
+    if (scaled) {
+      read_scales(args.cache, args.cache.k, block, key, keys, own.k_factors);
+      read_scales(args.cache, args.cache.v, block, key, keys, own.v_factors);
+      if constexpr (std::is_same_v<A, Words>) scale_to_words(block, own);
+    }
+    int from[kRows], to[kRows];
+    bool whole = keys == kKeys;
+    for (int64_t r = 0; r < rows; ++r) {
+      from[r] = int(std::clamp<int64_t>(seen[r].first - key, 0, keys)), to[r] = int(std::clamp<int64_t>(seen[r].last - key, 0, keys));
+      whole = whole && from[r] == 0 && to[r] == kKeys;
+    }
+    soften<A>({args.softcap, whole, from, to, block.heads, rows, own.scores, scaled ? own.k_factors : nullptr,
+               scaled ? own.v_factors : nullptr}, softmax);
+    for (int64_t h = 0; h < block.heads; ++h) {
+      for (int j = 0; j < keys; ++j) raw[j] = v_first[j] + h * args.cache.v.stride_head;
+      for (int j = keys; j < kKeys; ++j) raw[j] = reinterpret_cast<const C*>(own.v_rows + kKeys * width);
+      const float *p = own.scores + h * rows * kKeys, *keep = own.keep + h * rows, *gain = own.gain + h * rows;
+      float* const sums = own.sums + h * rows * width;
+      if (in_place) {
+        sum_tile_columns<A>(p, rows, raw, keys, keep, gain, width, sums, ahead);
+      } else {
+        for (int j = 0; j < kKeys; ++j) unpacked[j] = unpack_row<A>(raw[j], dim, v_rows + j * width);
+        sum_tile_columns<A>(p, rows, unpacked, keys, keep, gain, width, sums, ahead);
       }
     }
   }
-  for (int64_t i = 0; i < block.heads * rows; ++i) {
-    if (block.splits == 1) {
-      write_row<T>(args, block, i / rows, i % rows, sums + i * width, maximum[i], total[i]);
-      continue;
-    }
-    float* partial = partials + (block.partial + range * block.heads * rows + i) * partial_floats(dim);
-    std::copy(sums + i * width, sums + (i + 1) * width, partial);
-    partial[width] = maximum[i], partial[width + 1] = total[i];
-  }
+  hand_over<T>(args, block, range, own, partials, A::kColumns != W);
 }
 
 template <class T>
 void work(const DecodeArgs& args, const Block& block, int64_t range, float* memory, float* partials) {
+  const Scratch own(memory, args.q.dim, args.cache.heads);
+  if constexpr (kBf16Pairs && std::is_same_v<T, bf16_t>) {
+    if (args.q.dim % Pairs::kColumns == 0) {
+      if (args.cache.dtype == DType::bf16) return work<Pairs, bf16_t, T>(args, block, range, own, partials);
+      if (args.cache.dtype == DType::i8) return work<Words, int8_t, T>(args, block, range, own, partials);
+    }
+  }
   switch (args.cache.dtype) {
-    case DType::f32: return work<T, float>(args, block, range, memory, partials);
-    case DType::bf16: return work<T, bf16_t>(args, block, range, memory, partials);
-    case DType::f16: return work<T, f16_t>(args, block, range, memory, partials);
-    case DType::i8: return work<T, int8_t>(args, block, range, memory, partials);
-    default: return work<T, uint8_t>(args, block, range, memory, partials);
+    case DType::f32: return work<Wide, float, T>(args, block, range, own, partials);
+    case DType::bf16: return work<Wide, bf16_t, T>(args, block, range, own, partials);
+    case DType::f16: return work<Wide, f16_t, T>(args, block, range, own, partials);
+    case DType::i8: return work<Wide, int8_t, T>(args, block, range, own, partials);
+    default: return work<Wide, uint8_t, T>(args, block, range, own, partials);
   }
 }
 

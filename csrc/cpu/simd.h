@@ -6,7 +6,7 @@
 //   vf, vi          W floats, W int32            load/store(T*)      T = float, bf16_t, f16_t; unaligned; rounding to nearest even
 //   splat(x)        all lanes x                  load_n/store_n      the first n lanes; the others read 0 / are left alone
 //   a * b + c       contracted to fma            vmax, select, vexp2, vtanh, hsum, hmax
-//   dot_pairs       c + lo(a)·lo(b) + hi(a)·hi(b) per lane, on pairs of bf16
+//   dot_pairs       c + lo(a)·lo(b) + hi(a)·hi(b) per lane, on pairs of bf16; dot_words the same on pairs of 16-bit integers
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -220,14 +220,20 @@ LV_INLINE Butterfly butterfly() {
   return out;
 }
 
-// Lane i: the sum of x[i], for W vectors at once; overwrites x. A third of the instructions of W times hsum; the order is hsum's.
-template <int H = W / 2>
-LV_INLINE vf hsum_each(vf* x) {
-  const Butterfly pick = butterfly<H>();
+// Lane i: op over the lanes of x[i], for W vectors at once: fold<W, W / 2>(x, op); overwrites x. A third of the instructions of W times
+// hsum, whose order it has. Two vectors become one in every step, by a blend, a shuffle and op.
+// In two stages: fold<N, W / 2> of every W/N-th vector gives one each, and fold<W / N, W / N / 2> of these the same result.
+template <int N, int H, class V, class Op>
+LV_INLINE V fold(V* x, Op op) {
+  if constexpr (N == 1) {
+    return x[0];
+  } else {
+    vi second, crossed;
+    for (int l = 0; l < W; ++l) second[l] = (l & H) == 0 ? 0 : -1, crossed[l] = (l & H) == 0 ? l + H : W + l - H;
 #pragma GCC unroll 8
-  for (int i = 0; i < H; ++i) x[i] = __builtin_shuffle(x[i], x[i + H], pick.low) + __builtin_shuffle(x[i], x[i + H], pick.high);
-  if constexpr (H > 1) return hsum_each<H / 2>(x);
-  else return x[0];
+    for (int i = 0; i < N / 2; ++i) x[i] = op(second ? x[i + N / 2] : x[i], __builtin_shuffle(x[i], x[i + N / 2], crossed));
+    return fold<N / 2, H / 2>(x, op);
+  }
 }
 LV_INLINE float hmax(vf v) {
   float x[W];
@@ -324,5 +330,51 @@ LV_INLINE vf dot_pairs(vf c, vu a, vu b) {
   return (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u) + c;
 #endif
 }
+
+// ---------------------------------------------------------------------------------------------- pairs of 16-bit integers
+// 2 W bytes as 16-bit integers, two to a unit.
+LV_INLINE vu widen_words(const int8_t* p) {
+#if defined(__AVX512BW__)
+  return (vu)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  vu out;
+  for (int i = 0; i < W; ++i) out[i] = uint32_t(uint16_t(p[2 * i])) | uint32_t(uint16_t(p[2 * i + 1])) << 16;
+  return out;
+#endif
+}
+
+// The nearest integers (even on ties) of |x| < 2^15, two to a unit.
+LV_INLINE vu pack_words(vf even, vf odd) {
+  const float magic = 12582912.0f;      // 1.5 · 2^23: the sum's low bits are the integer
+  return ((vu)(even + magic) & 0xffffu) | ((vu)(odd + magic) << 16);
+}
+
+LV_INLINE vi dot_words(vi c, vu a, vu b) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#else
+  return c + ((vi)(a << 16) >> 16) * ((vi)(b << 16) >> 16) + ((vi)a >> 16) * ((vi)b >> 16);
+#endif
+}
+
+// Units (a[i], b[i]) of two vectors of 16-bit elements. Of each 8 elements the first 4 are in zip_low and the others in zip_high: shuffles
+// within 128 bits are the cheap ones. unzip_first and unzip_second bring the units (W each, low and high) back into order.
+typedef uint16_t vw __attribute__((vector_size(W * 4)));
+template <int From>
+LV_INLINE vu zip(vu a, vu b) {
+  vw pick;
+  for (int i = 0; i < 2 * W; ++i) pick[i] = uint16_t(i / 8 * 8 + i % 8 / 2 + From + (i % 2) * 2 * W);
+  return (vu)__builtin_shuffle((vw)a, (vw)b, pick);
+}
+LV_INLINE vu zip_low(vu a, vu b) { return zip<0>(a, b); }
+LV_INLINE vu zip_high(vu a, vu b) { return zip<4>(a, b); }
+template <int From>
+LV_INLINE vf unzip(vf low, vf high) {
+  vi pick;
+  for (int i = 0; i < W; ++i) pick[i] = From + i / 8 * 4 + i % 4 + (i / 4 % 2) * W;
+  return __builtin_shuffle(low, high, pick);
+}
+LV_INLINE vf unzip_first(vf low, vf high) { return unzip<0>(low, high); }
+LV_INLINE vf unzip_second(vf low, vf high) { return unzip<W / 2>(low, high); }
 
 }  // namespace longvita::LV_ISA

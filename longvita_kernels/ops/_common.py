@@ -49,9 +49,14 @@ def call(op, implementation, tensors, *rest):
     tensors  Tensor or None each. The dispatcher is needed for gradients, compilation and tracing, modes (fake tensors, functional
              transforms, function modes), subclasses, other devices, and a profiler that would like to see the op.
     """
+    return (implementation if is_direct(op, tensors) else op)(*tensors, *rest)
+
+
+def is_direct(op, tensors):
+    """Whether `call` would go past the dispatcher; for a public function whose direct way differs from the op's (it may return less)."""
     if forward_ad._current_level >= 0:
         _refuse_tangents(op, tensors)
-    return (implementation if _nobody_listens(tensors) else op)(*tensors, *rest)
+    return _nobody_listens(tensors)
 
 
 def _refuse_tangents(op, tensors):
@@ -62,9 +67,8 @@ def _refuse_tangents(op, tensors):
 
 def _nobody_listens(tensors):
     if (
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled() or torch.jit.is_tracing()
+        torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _len_torch_function_stack()
+        or _peek_interpreter_stack() is not None or _profiler_enabled() or _is_tracing()
     ):  # fmt: skip
         return False
     gradients = torch.is_grad_enabled()
@@ -75,6 +79,20 @@ def _nobody_listens(tensors):
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Asked in every call, so each is looked up once.
+_len_torch_dispatch_stack, _len_torch_function_stack = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_peek_interpreter_stack, _is_tracing = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
+_profiler_enabled = torch.autograd._profiler_enabled
+
+
+def dense_like(tensor):
+    """An empty contiguous tensor like `tensor`: half the time of new_empty(tensor.shape)."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def plain(tensor):
+    """`tensor` without the autograd graph; itself where there is none."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 # ---------------------------------------------------------------------------------------------------------------- running references
 
@@ -167,15 +185,16 @@ def autocast_tensors(*tensors):
 def check_shape(name, tensor, expected, legend):
     """Shape must be `expected` (None = any size there). legend: "(T, H, D)"."""
     shape = tensor.shape
-    if shape == expected:  # these checks run on every call: the cheapest way first
+    if shape == expected:
         return
-    fits = len(shape) == len(expected)
-    for have, want in zip(shape, expected, strict=False):
-        if want is not None and have != want:
-            fits = False
-    if not fits:
-        sizes = tuple("any" if want is None else want for want in expected)
-        raise ValueError(f"{name} has shape {tuple(shape)}; expected {legend} = {sizes}")
+    if len(shape) == len(expected):
+        for have, want in zip(shape, expected, strict=True):
+            if want is not None and have != want:
+                break
+        else:
+            return
+    sizes = tuple("any" if want is None else want for want in expected)
+    raise ValueError(f"{name} has shape {tuple(shape)}; expected {legend} = {sizes}")
 
 
 def check_dtype(name, tensor, dtypes):
@@ -210,6 +229,8 @@ def check_device(name, tensor, other_name, other):
 
 def check_last_stride(name, tensor):
     """The last dimension must be dense (other strides are free)."""
+    if tensor.is_contiguous():  # these checks run on every call: the cheapest way first
+        return
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; expected 1. Remedy: {name}.contiguous()")
 
@@ -218,6 +239,26 @@ def check_head_dim(name, size):
     """Head dimension: a multiple of 8 up to 256 (made for 32 and more; 8 to 24 work as well)."""
     if size % 8 or not 8 <= size <= 256:
         raise ValueError(f"{name} has head dimension {size}; expected a multiple of 8, at most 256. Pad it with zeros")
+
+
+def common_case(*tensors):
+    """Whether all tensors are float32, bfloat16 or float16 alike, dense and on the CPU: what a check of dtypes, devices and strides that
+    found nothing would say, in one call instead of a dozen."""
+    dtype = tensors[0].dtype
+    if dtype not in FLOAT_DTYPES:
+        return False
+    for tensor in tensors:
+        if tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            return False
+    return True
+
+
+def common_offsets(*tensors):
+    """The same of int32 tensors with one dimension and at least one entry."""
+    for tensor in tensors:
+        if tensor.dtype is not torch.int32 or not tensor.is_cpu or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.numel() == 0:
+            return False
+    return True
 
 
 def check_cu_seqlens(name, cu_seqlens, device):

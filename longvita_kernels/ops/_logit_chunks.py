@@ -32,6 +32,23 @@ def chunk_columns(vocab, rows):
     return max(1, min(vocab, max(256, _LOGITS // max(rows, 1) // 256 * 256)))
 
 
+def native_loss(hidden, weight, labels, ignore_index, loss_weight, softcap, z_loss, label_smoothing, mean, square_sum):
+    """Loss of all supervised rows, where no gradient follows, in one native call; writes Σ lse² to `square_sum`, if it is not None.
+    → loss, (number of supervised rows, of correct ones)"""
+    module, threads, (tokens, width), vocab = native.load(), torch.get_num_threads(), hidden.shape, weight.shape[0]
+    chunk = chunk_rows(vocab, tokens)
+    floats = threads * module.gemm_scratch_floats() + 5 * tokens + 3 * -(-vocab // module.linear_cross_entropy_block()) * chunk
+    labels, rows, buffer = labels.contiguous(), torch.empty(2 * tokens, dtype=torch.int64), torch.empty(floats, dtype=torch.float32)
+    loss = torch.empty((), dtype=torch.float32)
+    counts = module.linear_cross_entropy_loss(
+        native.dtype_code(hidden.dtype), tokens, width, vocab, hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0),
+        labels.data_ptr(), ignore_index, 0 if loss_weight is None else loss_weight.data_ptr(), softcap, label_smoothing, z_loss, mean,
+        chunk, rows.data_ptr(), buffer.data_ptr(), floats, threads, loss.data_ptr(),
+        0 if square_sum is None else square_sum.data_ptr(),
+    )  # fmt: skip
+    return loss, counts
+
+
 def run_native(hidden, weight, rows, labels, softcap, statistics, *, coefficients=None, recompute=False, row_weight=None, smoothing=0.0,
                z_loss=0.0, needs=(False, False)):  # fmt: skip
     """Fills statistics (5, R) of `rows` (R,) of hidden, or reads them to recompute → gradients (R, H), float32, and (V, H), float32 or,

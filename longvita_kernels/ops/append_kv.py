@@ -27,16 +27,17 @@ def append_kv(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, *, block_tabl
     k_scale, v_scale  float32, the cache's shape without D; required with an 8-bit cache, forbidden with another
     Returns None. No gradient flows through the cache. Raises ValueError for arguments that do not fit each other or the cache.
     """
-    _common.check_shape("k", k, (None, None, None), "(T, Hkv, D)")
-    _common.check_float("k", k)
-    _common.check_shape("v", v, k.shape, "the shape of k")
-    _common.check_like("v", v, "k", k)
-    _common.check_last_stride("k", k)
-    _common.check_last_stride("v", v)
+    if k.dim() != 3 or v.shape != k.shape or not _common.common_case(k, v):
+        _common.check_shape("k", k, (None, None, None), "(T, Hkv, D)")
+        _common.check_float("k", k)
+        _common.check_shape("v", v, k.shape, "the shape of k")
+        _common.check_like("v", v, "k", k)
+        _common.check_last_stride("k", k)
+        _common.check_last_stride("v", v)
     _cache.check_cache(("k", k), k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
     if k_cache.shape[2] != k.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads but k_cache has {k_cache.shape[2]}; they must agree")
-    tensors = (k.detach(), v.detach(), k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
+    tensors = (_common.plain(k), _common.plain(v), k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
     _common.call(_append, _append_impl, tensors)
 
 
@@ -78,7 +79,7 @@ def _append_impl(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_tabl
         return
     cu_seqlens_q, cache_seqlens = cu_seqlens_q.contiguous(), cache_seqlens.contiguous()
     native.load().append_kv(
-        native.dtype_code(k.dtype), k.shape[0], (k.data_ptr(), *k.stride()[:2]), (v.data_ptr(), *v.stride()[:2]),
+        native.dtype_code(k.dtype), k.shape[0], k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(),
         *_cache.native_arguments(k_cache, v_cache, block_table, k_scale, v_scale),
         cache_seqlens.shape[0], cu_seqlens_q.data_ptr(), cache_seqlens.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

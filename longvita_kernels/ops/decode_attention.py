@@ -94,17 +94,22 @@ def decode_attention(
     Raises ValueError for arguments that do not fit each other or the cache, RuntimeError when a gradient is asked of it.
     """
     (q,) = _common.autocast_tensors(q)
-    _common.check_shape("q", q, (None, None, None), "(T, Hq, D)")
-    _common.check_float("q", q)
-    _common.check_head_dim("q", q.shape[2])
-    _common.check_last_stride("q", q)
+    if q.dim() != 3 or not _common.common_case(q):
+        _common.check_shape("q", q, (None, None, None), "(T, Hq, D)")
+        _common.check_float("q", q)
+        _common.check_last_stride("q", q)
+    _, heads, dim = q.shape
+    _common.check_head_dim("q", dim)
     _cache.check_cache(("q", q), k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
-    if q.shape[1] == 0 or k_cache.shape[2] == 0 or q.shape[1] % k_cache.shape[2]:
-        raise ValueError(f"q has {q.shape[1]} heads, k_cache {k_cache.shape[2]}; expected a multiple (grouped-query attention)")
+    kv_heads = k_cache.shape[2]
+    if heads == 0 or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads, k_cache {kv_heads}; expected a multiple (grouped-query attention)")
     _common.check_attention_options(window_size, softcap, softmax_scale)
     left, right = window_size
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
     tensors = (q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
+    if not return_lse and _common.is_direct(_decode, tensors):
+        return _decode_impl(*tensors, causal, left, right, float(softcap), scale, only_out=True)
     out, lse = _common.call(_decode, _decode_impl, tensors, causal, left, right, float(softcap), scale)
     return (out, lse) if return_lse else out
 
@@ -115,28 +120,34 @@ def decode_attention(
 native_cannot = _cache.native_cannot
 
 
-def _decode_impl(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale, causal, left, right, softcap, scale):
+def _decode_impl(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale, causal, left, right, softcap, scale, *,
+                 only_out=False):  # fmt: skip
+    """out and lse; `only_out`: just out (not for the dispatcher), with lse in the scratch."""
     backend = backends.choose("decode_attention", q, native_cannot(k_cache=k_cache))
     if backend == "reference" or q.shape[0] == 0:  # the native kernel does so itself
         _cache.check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, q.shape[0], appended=False)
     if backend == "reference":
-        return _common.run_reference(
+        found = _common.run_reference(
             reference, q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table=block_table, causal=causal, window_size=(left, right),
             softcap=softcap, k_scale=k_scale, v_scale=v_scale, softmax_scale=scale, return_lse=True,
         )  # fmt: skip
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    if q.shape[0] == 0:
-        return out, lse
-    cu_seqlens_q, cache_seqlens, module = cu_seqlens_q.contiguous(), cache_seqlens.contiguous(), native.load()
-    problem = (
-        native.dtype_code(q.dtype), tuple(q.shape[:2]), *_cache.native_arguments(k_cache, v_cache, block_table, k_scale, v_scale),
-        cache_seqlens.shape[0], cu_seqlens_q.data_ptr(), cache_seqlens.data_ptr(), causal, (left, right), torch.get_num_threads(),
+        return found[0] if only_out else found
+    tokens, heads, _ = q.shape
+    out, lse = _common.dense_like(q), None if only_out else torch.empty(heads, tokens, dtype=torch.float32)
+    if tokens == 0:
+        return out if only_out else (out, lse)
+    cu_seqlens_q, cache_seqlens = cu_seqlens_q.contiguous(), cache_seqlens.contiguous()
+    problem = native.load().decode_attention_problem(
+        native.dtype_code(q.dtype), q.data_ptr(), tokens, heads, *q.stride(),
+        *_cache.native_arguments(k_cache, v_cache, block_table, k_scale, v_scale),
+        cache_seqlens.shape[0], cu_seqlens_q.data_ptr(), cache_seqlens.data_ptr(), causal, left, right, softcap, scale,
+        torch.get_num_threads(),
     )  # fmt: skip
-    scratch = torch.empty(module.decode_attention_scratch(*problem), dtype=torch.float32)
-    module.decode_attention(
-        *problem, softcap, scale, q.data_ptr(), q.stride()[:2], out.data_ptr(), lse.data_ptr(), scratch.data_ptr(), scratch.numel()
-    )
-    return out, lse
+    size = problem.scratch()
+    scratch = torch.empty(size + (heads * tokens if only_out else 0), dtype=torch.float32)
+    at = scratch.data_ptr()
+    problem.run(out.data_ptr(), at + 4 * size if only_out else lse.data_ptr(), at, size)
+    return out if only_out else (out, lse)
 
 
 def _decode_fake(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale, causal, left, right, softcap, scale):
@@ -185,6 +196,8 @@ def _samples(dtype, device, seed):
     yield make("not causal, two-sided window, scale", (6,), (29,), (1, 29), causal=False, window_size=(4, 2), softmax_scale=0.3)
     yield make("paged", (5, 1), (7, 23), (6, 8), table=table)
     yield make("int8", (3, 1), (61, 130), (2, 130), heads=(8, 2), dim=40, cache_dtype=torch.int8)
+    yield make("int8, split, group 5, D 128", (1,), (1601,), (1, 1700), heads=(5, 1), dim=128, cache_dtype=torch.int8)
+    yield make("int8, window, D 32", (9, 1), (70, 50), (2, 80), dim=32, cache_dtype=torch.int8, window_size=(40, 0))
     yield make("int8 paged", (2, 1), (13, 20), (6, 8), cache_dtype=torch.int8, table=table)
     yield make("fp8", (1, 4), (70, 9), (2, 70), cache_dtype=torch.float8_e4m3fn)
     yield make("float16 cache, D 256", (1,), (33,), (1, 40), heads=(2, 1), dim=256, cache_dtype=torch.float16)

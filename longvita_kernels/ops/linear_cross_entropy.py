@@ -118,6 +118,15 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
     _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, label_smoothing, vocab_start, vocab_group)
     if loss_weight is not None:
         loss_weight = loss_weight.detach().to(_common.compute_dtype(hidden))
+    if (
+        vocab_group is None and reduction != "none" and _common.is_direct(_rows, (hidden, weight, labels, loss_weight))
+        and backends.choose("linear_cross_entropy", hidden) == "native"
+    ):  # fmt: skip
+        weight_T = None if loss_weight is None else loss_weight.contiguous()
+        squares = torch.empty((), dtype=torch.float32) if return_stats else None
+        options = (ignore_index, weight_T, softcap, z_loss, label_smoothing, reduction == "mean", squares)
+        loss, counts = _logit_chunks.native_loss(hidden, weight, labels, *options)
+        return (loss, LossStats(*map(torch.tensor, counts), squares)) if return_stats else loss
     vocab_size = weight.shape[0]
     if vocab_group is not None:
         vocab_size = _vocab_parallel.total(vocab_size, hidden.device, vocab_group)

@@ -86,8 +86,8 @@ def _forward_impl(hidden, weight, rows):
         check_rows(rows, hidden.shape[0])  # the native kernel does so itself
         return _common.run_reference(reference, hidden, weight, rows)
     logits, rows, module = _forward_fake(hidden, weight, rows), rows.contiguous(), native.load()
-    scratch = hidden.new_empty(0) if rows.shape[0] <= module.masked_lm_head_thin_rows() else _gemm.scratch()
-    gathered = torch.empty(4, -(-hidden.shape[1] // 16) * 16, dtype=torch.float32)
+    gathered = torch.empty(4 * (-(-hidden.shape[1] // 16) * 16), dtype=torch.float32)
+    scratch = gathered if rows.shape[0] <= module.masked_lm_head_thin_rows() else _gemm.scratch()  # the kernel of few rows needs none
     module.masked_lm_head_forward(*_native_arguments(hidden, weight, rows, scratch), logits.data_ptr(), gathered.data_ptr())
     return logits
 

@@ -55,12 +55,14 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
     x, w1, b1, w2, b2 = _common.autocast_tensors(x, w1, b1, w2, b2)
     _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token)
     tensors = (x, ln_weight, ln_bias, w1, b1, w2, b2)
+    if _common.is_direct(_project, tensors):  # no gradient follows
+        return _forward_impl(*tensors, grid, class_token, eps, False, only_out=True)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return _common.call(_project, _forward_impl, tensors, list(grid), class_token, eps, save)[0]
+    return _project(*tensors, list(grid), class_token, eps, save)[0]
 
 
 def _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token):
-    if len(grid) != 2 or any(size <= 0 or size % 2 for size in grid):
+    if len(grid) != 2 or grid[0] <= 0 or grid[0] % 2 or grid[1] <= 0 or grid[1] % 2:
         raise ValueError(f"grid is {tuple(grid)}; expected (rows, cols) of patches, both even and positive: 2 × 2 of them make a token")
     length, legend = grid[0] * grid[1] + int(class_token), f"(N, rows·cols{' + 1' if class_token else ''}, C)"
     if x.ndim == 3 and x.shape[1] == grid[0] * grid[1] + 1 - int(class_token):
@@ -72,19 +74,27 @@ def _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token):
     _common.check_float("x", x)
     _common.check_last_stride("x", x)
     width, hidden = 4 * x.shape[2], w1.shape[0]
-    for name, tensor, shape, legend in (
-        ("ln_weight", ln_weight, (width,), "(4C,)"), ("ln_bias", ln_bias, (width,), "(4C,)"), ("w1", w1, (None, width), "(D, 4C)"),
-        ("b1", b1, (hidden,), "(D,)"), ("w2", w2, (None, hidden), "(O, D)"), ("b2", b2, (w2.shape[0],), "(O,)"),
+    if (  # what follows would find nothing; in one call instead of a dozen
+        b1 is None and b2 is None and _common.common_case(x, w1, w2, ln_weight, ln_bias) and w1.shape == (hidden, width) and w2.dim() == 2
+        and w2.shape[1] == hidden and ln_weight.shape == (width,) == ln_bias.shape
     ):  # fmt: skip
-        if tensor is None:
-            continue
-        _common.check_shape(name, tensor, shape, legend)
-        if name.startswith("ln_"):
-            _common.check_dtype(name, tensor, (x.dtype, torch.float32))
-            _common.check_device(name, tensor, "x", x)
-        else:
-            _common.check_like(name, tensor, "x", x)
-            _common.check_last_stride(name, tensor)
+        return
+    for name, tensor in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
+        _common.check_shape(name, tensor, (width,), "(4C,)")
+        _common.check_dtype(name, tensor, (x.dtype, torch.float32))
+        _common.check_device(name, tensor, "x", x)
+    _check_linear("w1", w1, (None, width), "(D, 4C)", x)
+    _check_linear("b1", b1, (hidden,), "(D,)", x)
+    _check_linear("w2", w2, (None, hidden), "(O, D)", x)
+    _check_linear("b2", b2, (w2.shape[0],), "(O,)", x)
+
+
+def _check_linear(name, tensor, shape, legend, x):
+    if tensor is None:
+        return
+    _common.check_shape(name, tensor, shape, legend)
+    _common.check_like(name, tensor, "x", x)
+    _common.check_last_stride(name, tensor)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ flat ops
@@ -108,32 +118,49 @@ def _sizes(x, w1, w2, grid):
     return (tiles, *grid, channels, w1.shape[0], w2.shape[0]), tiles * (grid[0] // 2) * (grid[1] // 2)
 
 
-class _NativeCall:
-    """The arguments that forward and backward share; keeps alive what they point to."""
+def _native_arguments(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, stats, z, act, more=0):
+    """(what forward and backward share, what it points to and must live as long). stats, z and act are addresses; with `more`, the first
+    two lie in the scratch, behind which there are `more` floats for act."""
+    module, threads, (tile, patch, _) = native.load(), torch.get_num_threads(), x.stride()
+    sizes, tokens = _sizes(x, w1, w2, grid)
+    vectors = [None if t is None else _vector(t) for t in (ln_weight, ln_bias, b1, b2)]
+    rows, product = threads * module.pixel_shuffle_projection_block_rows() * 4 * x.shape[2], threads * module.gemm_scratch_floats()
+    scratch = torch.empty(rows + product + (2 * tokens + more if more else 0), dtype=torch.float32)
+    at = scratch.data_ptr()
+    if more:
+        stats, act = at + 4 * (rows + product), at + 4 * (rows + product + 2 * tokens)
+    ln_weight, ln_bias, b1, b2 = (0 if t is None else t.data_ptr() for t in vectors)
+    first = x.data_ptr() + (patch * x.element_size() if class_token and x.numel() else 0)
+    return (
+        native.dtype_code(x.dtype), sizes, first, (tile, patch), ln_weight, ln_bias, w1.data_ptr(), w1.stride(0), b1, w2.data_ptr(),
+        w2.stride(0), b2, eps, stats, z, act, at + 4 * rows, at, threads,
+    ), (vectors, scratch)  # fmt: skip
 
-    def __init__(self, x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, stats, z, act):
-        module, threads = native.load(), torch.get_num_threads()
-        patches = x[:, 1:] if class_token else x
-        vectors = [None if t is None else t.detach().to(torch.float32).contiguous() for t in (ln_weight, ln_bias, b1, b2)]
-        scratch = _gemm.scratch()
-        row_scratch = torch.empty(threads * module.pixel_shuffle_projection_block_rows() * 4 * x.shape[2], dtype=torch.float32)
-        self.alive = (patches, *vectors, scratch, row_scratch)
-        ln_weight, ln_bias, b1, b2 = (0 if t is None else t.data_ptr() for t in vectors)
-        self.arguments = (
-            native.dtype_code(x.dtype), _sizes(x, w1, w2, grid)[0], patches.data_ptr(), patches.stride()[:2], ln_weight, ln_bias,
-            w1.data_ptr(), w1.stride(0), b1, w2.data_ptr(), w2.stride(0), b2, eps, stats.data_ptr(), z.data_ptr(), act.data_ptr(),
-            scratch.data_ptr(), row_scratch.data_ptr(), threads,
-        )  # fmt: skip
+
+def _vector(tensor):
+    """As the kernel reads it: float32, dense."""
+    tensor = _common.plain(tensor)
+    return (tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32)).contiguous()
 
 
-def _forward_impl(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, save):
-    y, z, stats = _forward_fake(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, save)
-    if _backend(x) == "reference":
+def _forward_impl(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, save, *, only_out=False):
+    """y, z and the statistics; `only_out`: just y (not for the dispatcher), with the statistics in the scratch."""
+    inputs = (x, ln_weight, ln_bias, w1, b1, w2, b2)
+    native_runs = _backend(x) == "native"
+    if native_runs and only_out:
+        tiles, tokens = x.shape[0], (grid[0] // 2) * (grid[1] // 2)
+        y = torch.empty(tiles, tokens, w2.shape[0], dtype=x.dtype)
+        more = max(1, -(-tiles * tokens * w1.shape[0] * x.element_size() // 4))  # floats for act
+        arguments, alive = _native_arguments(*inputs, grid, class_token, eps, 0, 0, 0, more)
+        native.load().pixel_shuffle_projection_forward(*arguments, y.data_ptr())
+        return y
+    y, z, stats = _forward_fake(*inputs, grid, class_token, eps, save)
+    if not native_runs:
         y = _common.run_reference(reference, x, ln_weight, ln_bias, w1, w2, b1=b1, b2=b2, grid=grid, class_token=class_token, eps=eps)
-        return y, z.zero_(), stats.zero_()  # its backward runs the definition again and reads neither
+        return y if only_out else (y, z.zero_(), stats.zero_())  # its backward runs the definition again and reads neither
     act = x.new_empty(stats.shape[1], w1.shape[0])
-    call = _NativeCall(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, stats, z, act)
-    native.load().pixel_shuffle_projection_forward(*call.arguments, y.data_ptr())
+    arguments, alive = _native_arguments(*inputs, grid, class_token, eps, stats.data_ptr(), z.data_ptr(), act.data_ptr())
+    native.load().pixel_shuffle_projection_forward(*arguments, y.data_ptr())
     return y, z, stats
 
 
@@ -166,9 +193,9 @@ def _backward_impl(grad, x, ln_weight, ln_bias, w1, b1, w2, b2, z, stats, grid, 
     blocks = -(-tokens // module.pixel_shuffle_projection_block_rows())
     partial = torch.empty(max(blocks, 1) if need_lw or need_lb else 0, 2, 4 * channels, dtype=torch.float32)
     act = x.new_empty(tokens if need_w2 else 0, hidden)
-    call = _NativeCall(*inputs, grid, class_token, eps, stats, z, act)
+    arguments, alive = _native_arguments(*inputs, grid, class_token, eps, stats.data_ptr(), z.data_ptr(), act.data_ptr())
     module.pixel_shuffle_projection_backward(
-        *call.arguments, grad.data_ptr(), grad.stride(0), grad_z.data_ptr(), partial.data_ptr(),
+        *arguments, grad.data_ptr(), grad.stride(0), grad_z.data_ptr(), partial.data_ptr(),
         patches.stride()[:2] if need_x else (0, 0),
         (patches.data_ptr(), vector[0].data_ptr(), vector[1].data_ptr(), out_w1.data_ptr(), vector[2].data_ptr(),
          out_w2.data_ptr(), vector[3].data_ptr()),

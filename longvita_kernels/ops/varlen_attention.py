@@ -109,30 +109,47 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *, max_seqlen_q=N
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     left, right = window_size
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
-    longest = (-1 if n is None else n for n in (max_seqlen_q, max_seqlen_k))
+    longest = (-1 if max_seqlen_q is None else max_seqlen_q, -1 if max_seqlen_k is None else max_seqlen_k)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     settings = (scale, left, 0 if causal else right, float(softcap), bool(deterministic))
+    if not return_lse and _common.is_direct(_varlen, tensors):
+        return _forward_impl(*tensors, *longest, *settings, only_out=True)
     out, lse, _ = _common.call(_varlen, _forward_impl, tensors, *longest, *settings)
     return (out, lse) if return_lse else out
 
 
+def _fits(q, k, v, cu_q, cu_k):
+    """Sufficient for what `_check` says of the tensors, and several times cheaper: tiny calls are made of such checks."""
+    shape, k_shape = q.shape, k.shape
+    return (
+        _common.common_case(q, k, v) and len(shape) == 3 == len(k_shape) and k_shape == v.shape and shape[2] == k_shape[2]
+        and 8 <= shape[2] <= 256 and shape[2] % 8 == 0 and shape[1] > 0 and k_shape[1] > 0 and shape[1] % k_shape[1] == 0
+        and _common.common_offsets(cu_q) and (cu_k is cu_q or (_common.common_offsets(cu_k) and cu_k.shape == cu_q.shape))
+    )  # fmt: skip
+
+
 def _check(q, k, v, cu_q, cu_k, window_size, softcap, softmax_scale):
+    _common.check_attention_options(window_size, softcap, softmax_scale)
+    if _fits(q, k, v, cu_q, cu_k):
+        return
     _common.check_shape("q", q, (None, None, None), "(Tq, Hq, D)")
     _common.check_float("q", q)
     _common.check_head_dim("q", q.shape[2])
     _common.check_shape("k", k, (None, None, q.shape[2]), "(Tk, Hkv, D), D that of q")
     _common.check_shape("v", v, k.shape, "the shape of k")
-    for name, tensor in (("k", k), ("v", v)):
-        _common.check_like(name, tensor, "q", q)
-    if q.shape[1] < 1 or k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}; expected the query heads to be a multiple of the KV heads")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _common.check_last_stride(name, tensor)
+    _common.check_like("k", k, "q", q)
+    _common.check_like("v", v, "q", q)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads and k has {kv_heads}; expected the query heads to be a multiple of the KV heads")
+    _common.check_last_stride("q", q)
+    _common.check_last_stride("k", k)
+    _common.check_last_stride("v", v)
     _common.check_cu_seqlens("cu_seqlens_q", cu_q, q.device)
-    _common.check_cu_seqlens("cu_seqlens_k", cu_k, q.device)
-    if cu_q.shape != cu_k.shape:
-        raise ValueError(f"cu_seqlens_q has {len(cu_q)} entries but cu_seqlens_k has {len(cu_k)}; both describe the same documents")
-    _common.check_attention_options(window_size, softcap, softmax_scale)
+    if cu_k is not cu_q:
+        _common.check_cu_seqlens("cu_seqlens_k", cu_k, q.device)
+        if cu_q.shape != cu_k.shape:
+            raise ValueError(f"cu_seqlens_q has {len(cu_q)} entries but cu_seqlens_k has {len(cu_k)}; both describe the same documents")
 
 
 def _check_offsets(q, k, cu_q, cu_k):
@@ -160,18 +177,26 @@ def native_cannot(*, softmax_scale=None, **_):
     return None if softmax_scale is None or softmax_scale > 0 else "the native kernel takes a positive softmax_scale only"
 
 
-def _forward_impl(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic):
+def _forward_impl(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, *, only_out=False):
+    """out, lse and its rest; `only_out`: just out (not for the dispatcher), with lse in the scratch."""
     _check_longest(cu_q, cu_k, max_q, max_k)
     if backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale)) == "reference":
         _check_offsets(q, k, cu_q, cu_k)  # the native kernel does so itself
         out, lse = _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
-        return out, lse, torch.zeros_like(lse)
-    out, lse, lse_rest = _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
+        return out if only_out else (out, lse, torch.zeros_like(lse))
     threads, kernels = torch.get_num_threads(), native.load()
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     problem = _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads)
-    scratch = q.new_empty(kernels.varlen_attention_scratch(problem, False), dtype=torch.float32)
-    kernels.varlen_attention_forward(problem, out.data_ptr(), lse.data_ptr(), lse_rest.data_ptr(), scratch.data_ptr(), scratch.numel())
+    size = kernels.varlen_attention_scratch(problem, False)
+    if only_out:
+        out, rows = _common.dense_like(q), q.shape[0] * q.shape[1]
+        scratch = torch.empty(size + 2 * rows, dtype=torch.float32)
+        at = scratch.data_ptr()
+        kernels.varlen_attention_forward(problem, out.data_ptr(), at + 4 * size, at + 4 * (size + rows), at, size)
+        return out
+    out, lse, lse_rest = _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
+    scratch = torch.empty(size, dtype=torch.float32)
+    kernels.varlen_attention_forward(problem, out.data_ptr(), lse.data_ptr(), lse_rest.data_ptr(), scratch.data_ptr(), size)
     return out, lse, lse_rest
 
 
@@ -202,7 +227,7 @@ def _backward_impl(
     threads, kernels = torch.get_num_threads(), native.load()
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     problem = _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads)
-    scratch = q.new_empty(kernels.varlen_attention_scratch(problem, True), dtype=torch.float32)
+    scratch = torch.empty(kernels.varlen_attention_scratch(problem, True), dtype=torch.float32)
     kernels.varlen_attention_backward(
         problem, out.data_ptr(), out.stride(), lse.data_ptr(), lse_rest.data_ptr(), lse.stride(), grad_out.data_ptr(), grad_out.stride(),
         *_common.pointer_and_strides(grad_lse, 2), [grad.data_ptr() if need else 0 for grad, need in zip(grads, needs, strict=True)],

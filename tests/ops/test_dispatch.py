@@ -6,7 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import longvita_kernels
 from longvita_kernels import merge_attention
+from longvita_kernels import spec as spec_module
 from longvita_kernels.ops import _common
 
 
@@ -80,3 +82,26 @@ def test_subclasses_go_through_the_dispatcher(inputs, direct):
 
     merge_attention(inputs[0].as_subclass(Mine), *inputs[1:])
     assert direct == [False]
+
+
+def test_the_short_checks_accept_only_what_the_long_ones_do(monkeypatch):
+    """Every sample that the short way lets pass must pass the long way too."""
+    short = 0
+    for op, spec in spec_module.all_specs().items():
+        for sample in spec.samples(torch.float32, "cpu", 0):
+            with monkeypatch.context() as patch:
+                asked = []
+                patch.setattr(_common, "common_case", lambda *tensors, asked=asked: asked.append(tensors) or False)
+                with torch.no_grad():
+                    getattr(longvita_kernels, op)(*sample.args, **sample.kwargs)
+                short += len(asked)
+    assert short > 30
+
+
+def test_direct_calls_that_return_less_give_the_same_bits():
+    for op, name in (("varlen_attention", "return_lse"), ("decode_attention", "return_lse")):
+        spec = spec_module.all_specs()[op]
+        for sample in spec.samples(torch.bfloat16, "cpu", 0):
+            function = getattr(longvita_kernels, op)
+            with_lse = function(*sample.args, **sample.kwargs)[0]
+            assert torch.equal(function(*sample.args, **{**sample.kwargs, name: False}), with_lse), sample.label

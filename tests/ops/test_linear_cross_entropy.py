@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from longvita_kernels import linear_cross_entropy, testing
+from longvita_kernels.spec import all_specs
 
 
 def _inputs(tokens=50, width=24, vocab=90, dtype=torch.float32, supervised=0.7):
@@ -198,3 +199,18 @@ def test_errors_teach():
         linear_cross_entropy(hidden, weight, labels, vocab_start=4)
     with pytest.raises(ValueError, match=r"loss_weight has shape \(3,\)"):
         linear_cross_entropy(hidden, weight, labels, loss_weight=torch.ones(3))
+
+
+def test_without_gradients_the_loss_is_the_same():
+    """No gradient to come: one native call, whose sums have another order."""
+    for sample in all_specs()["linear_cross_entropy"].samples(torch.float32, "cpu", 3):
+        kwargs = {**sample.kwargs, "return_stats": True}
+        with torch.no_grad():
+            loss, stats = linear_cross_entropy(*sample.args, **kwargs)
+            alone = linear_cross_entropy(*sample.args, **sample.kwargs)
+        assert torch.equal(loss, alone), sample.label
+        hidden, *rest = sample.args
+        expected, expected_stats = linear_cross_entropy(hidden.clone().requires_grad_(), *rest, **kwargs)
+        torch.testing.assert_close(loss, expected.detach(), rtol=2e-6, atol=1e-6)
+        assert stats[:2] == expected_stats[:2], sample.label
+        torch.testing.assert_close(stats.lse_square_sum, expected_stats.lse_square_sum)
