@@ -14,19 +14,23 @@ struct Part {
 
 LV_INLINE vf softcapped(vf x, float cap) { return vtanh(x * (1.0f / cap)) * cap; }
 
+void softcap_row(float* row, int64_t count, float cap) {
+  for (int64_t i = 0; i < count; i += W) {
+    const int lanes = int(count - i < W ? count - i : W);
+    store_n(row + i, softcapped(load_n(row + i, lanes), cap), lanes);
+  }
+}
+
 // Largest value, Σ exp(x - largest) and Σ x of one row of a tile; applies the cap to the row first.
 struct RowStatistics {
   float max, exp_sum, sum;
 };
 RowStatistics row_statistics(float* row, int64_t count, float cap) {
+  if (cap > 0.0f) softcap_row(row, count, cap);
   vf max = splat(-kInf), sum = vf{}, exp_sum = vf{};
   for (int64_t i = 0; i < count; i += W) {
     const int lanes = int(count - i < W ? count - i : W);
     vf x = load_n(row + i, lanes);
-    if (cap > 0.0f) {
-      x = softcapped(x, cap);
-      store_n(row + i, x, lanes);
-    }
     sum += x;
     if (lanes < W) x = select(iota() < lanes, x, splat(-kInf));
     max = vmax(x, max);
@@ -54,28 +58,29 @@ Matrix weight_of(const CrossEntropyArgs& p, const Part& part) {
   return {from, p.dtype, p.weight_stride};
 }
 
-// Logits of a part, tile by tile: keeps what the loss needs of each block of columns, and the logits themselves for the gradients.
+// Logits of a part, tile by tile: what the loss needs of each block of columns and, if `keep`, the logits themselves for the gradients.
 void logits_of(const CrossEntropyArgs& p, const Part& part, bool keep) {
   const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part);
   const int64_t blocks = (p.vocab + kTileN - 1) / kTileN, plane = blocks * p.chunk;
+  Product product = {{hidden, true}, {weight, true}, p.width, p.dtype == DType::bf16};
+  if (keep) product.out = p.logits, product.stride = part.columns;
   // Blocks of columns keep their width whatever the number of threads: the sums over them are part of the result.
-  for_each_tile({hidden, true}, {weight, true}, TileGrid(part.rows, part.columns, p.threads, kTileN), p.width, p.dtype == DType::bf16, p.threads,
-                p.scratch, [&](const Tile& tile, float* c) {
-                  for (int64_t i = 0; i < tile.mt; ++i) {
-                    float* row = c + i * kTileN;
-                    const int64_t m = tile.m0 + i;
-                    if (!p.recompute) {
-                      const RowStatistics found = row_statistics(row, tile.nt, p.softcap);
-                      float* at = p.partial + tile.n0 / kTileN * p.chunk + m;
-                      at[0] = found.max, at[plane] = found.exp_sum, at[2 * plane] = found.sum;
-                      const int64_t label = p.labels[part.first + m] - tile.n0;
-                      if (label >= 0 && label < tile.nt) p.statistics[p.rows + part.first + m] = row[label];
-                    } else if (p.softcap > 0.0f) {
-                      for (int64_t n = 0; n < tile.nt; n += W) store(row + n, softcapped(load(row + n), p.softcap));
-                    }
-                    if (keep) std::memcpy(p.logits + m * part.columns + tile.n0, row, size_t(tile.nt) * 4);
-                  }
-                });
+  const TileGrid grid(part.rows, part.columns, p.threads, p.recompute ? 0 : kTileN);
+  for_each_tile(product, grid, p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
+    if (p.recompute && p.softcap == 0.0f) return;
+    for (int64_t i = 0; i < tile.mt; ++i) {
+      float* row = c + i * stride;
+      const int64_t m = tile.m0 + i, label = p.labels[part.first + m] - tile.n0;
+      if (p.recompute) {
+        softcap_row(row, tile.nt, p.softcap);
+        continue;
+      }
+      const RowStatistics found = row_statistics(row, tile.nt, p.softcap);
+      float* at = p.partial + tile.n0 / kTileN * p.chunk + m;
+      at[0] = found.max, at[plane] = found.exp_sum, at[2 * plane] = found.sum;
+      if (label >= 0 && label < tile.nt) p.statistics[p.rows + part.first + m] = row[label];
+    }
+  });
 }
 
 // Joins the blocks of columns, always in their order; lanes are rows.
@@ -109,61 +114,56 @@ void loss_coefficients(const CrossEntropyArgs& p, const Part& part) {
   }
 }
 
-// Turns the part's logits into their gradients, in place.
-void differentiate(const CrossEntropyArgs& p, const Part& part) {
+// One row of logits into its gradient, in place; as T, whose first elements take the room of the first logits.
+template <class T>
+void differentiate_row(const CrossEntropyArgs& p, const Part& part, int64_t m, float* logits, T* out) {
+  const int64_t row = part.first + m, label = p.labels[row] - part.column;
+  const float a = p.coefficients[row], b = p.coefficients[p.rows + row], c = p.coefficients[2 * p.rows + row];
+  const float max = p.statistics[3 * p.rows + row], scale = a / p.statistics[4 * p.rows + row];
   const float inverse_cap = p.softcap > 0.0f ? 1.0f / p.softcap : 0.0f;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t m = 0; m < part.rows; ++m) {
-    const int64_t row = part.first + m, label = p.labels[row] - part.column;
-    const float a = p.coefficients[row], b = p.coefficients[p.rows + row], c = p.coefficients[2 * p.rows + row];
-    const float max = p.statistics[3 * p.rows + row], scale = a / p.statistics[4 * p.rows + row];
-    float* logits = p.logits + m * part.columns;
-    const bool labelled = label >= 0 && label < part.columns;
-    const float label_logit = labelled ? logits[label] : 0.0f;
-    for (int64_t v = 0; v < part.columns; v += W) {
-      const int lanes = int(part.columns - v < W ? part.columns - v : W);
-      const vf x = load_n(logits + v, lanes);
-      vf grad = vexp2((x - max) * kLog2e) * scale + c;
-      if (inverse_cap > 0.0f) {
-        const vf t = x * inverse_cap;
-        grad *= 1.0f - t * t;
-      }
-      store_n(logits + v, grad, lanes);
-    }
-    if (labelled) {
-      const float t = label_logit * inverse_cap;
-      logits[label] += b * (1.0f - t * t);
-    }
+  const auto gradient = [&](vf x, float at_label) {
+    const vf grad = vexp2((x - max) * kLog2e) * scale + c + at_label, t = x * inverse_cap;
+    return grad * (1.0f - t * t);
+  };
+  const bool labelled = label >= 0 && label < part.columns;
+  const float label_gradient = labelled ? gradient(splat(logits[label]), b)[0] : 0.0f;
+  for (int64_t v = 0; v < part.columns; v += W) {
+    const int lanes = int(part.columns - v < W ? part.columns - v : W);
+    store_n(out + v, gradient(load_n(logits + v, lanes), 0.0f), lanes);
   }
+  if (labelled) store_n(out + label, splat(label_gradient), 1);
 }
 
-// out (+)= row
-void put(float* out, const float* row, int64_t count, bool add) {
-  if (!add) std::memcpy(out, row, size_t(count) * 4);
-  else for (int64_t n = 0; n < count; ++n) out[n] += row[n];
+// The gradients of a part's logits, where the logits were. Products of pairs round them to bf16, so they are kept as that: half the bytes.
+Matrix differentiate(const CrossEntropyArgs& p, const Part& part) {
+  const bool pairs = kBf16Pairs && p.dtype == DType::bf16;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t m = 0; m < part.rows; ++m) {
+    float* logits = p.logits + m * part.columns;
+    if (pairs) differentiate_row(p, part, m, logits, reinterpret_cast<bf16_t*>(logits));
+    else differentiate_row(p, part, m, logits, logits);
+  }
+  return pairs ? Matrix(p.logits, DType::bf16, 2 * part.columns) : Matrix(p.logits, DType::f32, part.columns);
 }
 
 void gradients(const CrossEntropyArgs& p, const Part& part) {
   const bool pairs = p.dtype == DType::bf16;
-  const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part), grad(p.logits, DType::f32, part.columns);
+  const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part), grad = differentiate(p, part);
   if (p.grad_hidden != nullptr) {
-    for_each_tile({grad, true}, {weight, false}, TileGrid(part.rows, p.width, p.threads), part.columns, pairs, p.threads, p.scratch,
-                  [&](const Tile& tile, const float* c) {
-                    for (int64_t i = 0; i < tile.mt; ++i) {
-                      float* out = p.grad_hidden + (part.first + tile.m0 + i) * p.width + tile.n0;
-                      put(out, c + i * kTileN, tile.nt, part.column > 0);
-                    }
-                  });
+    const Product product = {{grad, true}, {weight, false}, part.columns, pairs, p.grad_hidden + part.first * p.width, p.width, part.column > 0};
+    for_each_tile(product, TileGrid(part.rows, p.width, p.threads), p.threads, p.scratch, kNoEpilogue);
   }
-  if (p.grad_weight != nullptr) {
-    for_each_tile({grad, false}, {hidden, false}, TileGrid(part.columns, p.width, p.threads), part.rows, pairs, p.threads, p.scratch,
-                  [&](const Tile& tile, const float* c) {
-                    for (int64_t i = 0; i < tile.mt; ++i) {
-                      const int64_t at = (part.column + tile.m0 + i) * p.width + tile.n0;
-                      if (p.recompute) narrow_row(c + i * kTileN, tile.nt, p.grad_weight, p.dtype, at);      // of all rows: finished
-                      else put(static_cast<float*>(p.grad_weight) + at, c + i * kTileN, tile.nt, part.first > 0);
-                    }
-                  });
+  if (p.grad_weight == nullptr) return;
+  Product product = {{grad, false}, {hidden, false}, part.rows, pairs};
+  const TileGrid grid(part.columns, p.width, p.threads);
+  if (p.recompute) {      // of all rows: finished
+    char* out = static_cast<char*>(p.grad_weight) + part.column * p.width * int64_t(dtype_size(p.dtype));
+    for_each_tile(product, grid, p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
+      narrow_tile(tile, c, stride, out, p.dtype, p.width);
+    });
+  } else {
+    product.out = static_cast<float*>(p.grad_weight), product.stride = p.width, product.add = part.first > 0;
+    for_each_tile(product, grid, p.threads, p.scratch, kNoEpilogue);
   }
 }
 
@@ -176,7 +176,6 @@ void run(const CrossEntropyArgs& p) {
     for (int64_t column = 0; column < p.vocab && p.rows > 0; column += p.chunk) {
       const Part part = {0, p.rows, column, p.vocab - column < p.chunk ? p.vocab - column : p.chunk};
       logits_of(p, part, true);
-      differentiate(p, part);
       gradients(p, part);
     }
     return;
@@ -188,7 +187,6 @@ void run(const CrossEntropyArgs& p) {
     join_blocks(p, part);
     if (!needs_gradients) continue;
     loss_coefficients(p, part);
-    differentiate(p, part);
     gradients(p, part);
   }
 }
