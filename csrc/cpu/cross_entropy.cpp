@@ -21,12 +21,11 @@ void softcap_row(float* row, int64_t count, float cap) {
   }
 }
 
-// Largest value, Σ exp(x - largest) and Σ x of one row of a tile; applies the cap to the row first.
+// Largest value, Σ exp(x - largest) and Σ x of one row of a tile; leaves exp(x - largest) in its place.
 struct RowStatistics {
   float max, exp_sum, sum;
 };
-RowStatistics row_statistics(float* row, int64_t count, float cap) {
-  if (cap > 0.0f) softcap_row(row, count, cap);
+RowStatistics row_statistics(float* row, int64_t count) {
   vf max = splat(-kInf), sum = vf{}, exp_sum = vf{};
   for (int64_t i = 0; i < count; i += W) {
     const int lanes = int(count - i < W ? count - i : W);
@@ -40,6 +39,7 @@ RowStatistics row_statistics(float* row, int64_t count, float cap) {
     const int lanes = int(count - i < W ? count - i : W);
     vf e = vexp2((load_n(row + i, lanes) - largest) * kLog2e);
     if (lanes < W) e = select(iota() < lanes, e, vf{});
+    store_n(row + i, e, lanes);
     exp_sum += e;
   }
   return {largest, hsum(exp_sum), hsum(sum)};
@@ -58,27 +58,66 @@ Matrix weight_of(const CrossEntropyArgs& p, const Part& part) {
   return {from, p.dtype, p.weight_stride};
 }
 
-// Logits of a part, tile by tile: what the loss needs of each block of columns and, if `keep`, the logits themselves for the gradients.
+// What is kept of a part's logits. Products of pairs round gradients to bf16, and a rounded exp(l - largest) is worth as much as a rounded
+// gradient; in half the bytes twice as many rows are a part, and a part reads the weight twice and its gradient once.
+// A softcap needs the logits again to differentiate it, unless the gradients can be made at once (recompute).
+bool keeps_bf16(DType dtype, float softcap, bool recompute) { return kBf16Pairs && dtype == DType::bf16 && (recompute || softcap == 0.0f); }
+
+// d loss / d logit of one row of the part.
+struct RowGradient {
+  float max, scale, b, c, inverse_cap;
+  int64_t label;                      // column of the part; outside it if the label lies elsewhere
+  RowGradient(const CrossEntropyArgs& p, const Part& part, int64_t m)
+      : max(p.statistics[3 * p.rows + part.first + m]),
+        scale(p.coefficients[part.first + m] / p.statistics[4 * p.rows + part.first + m]),
+        b(p.coefficients[p.rows + part.first + m]),
+        c(p.coefficients[2 * p.rows + part.first + m]),
+        inverse_cap(p.softcap > 0.0f ? 1.0f / p.softcap : 0.0f),
+        label(p.labels[part.first + m] - part.column) {}
+
+  __attribute__((always_inline)) vf operator()(vf x, float at_label) const {
+    const vf t = x * inverse_cap;
+    return (vexp2((x - max) * kLog2e) * scale + c + at_label) * (1.0f - t * t);
+  }
+  // Of the logits in columns n0 … n0+count, to out, which may be where they are.
+  template <class T>
+  void row(const float* logits, int64_t n0, int64_t count, T* out) const {
+    const int64_t at = label - n0;
+    const bool labelled = at >= 0 && at < count;
+    const vf label_gradient = labelled ? (*this)(splat(logits[at]), b) : vf{};
+    for (int64_t n = 0; n < count; n += W) {
+      const int lanes = int(count - n < W ? count - n : W);
+      store_n(out + n, (*this)(load_n(logits + n, lanes), 0.0f), lanes);
+    }
+    if (labelled) store_n(out + at, label_gradient, 1);
+  }
+};
+
+// Logits of a part, tile by tile: what the loss needs of each block of columns and, if `keep`, what the gradients need.
 void logits_of(const CrossEntropyArgs& p, const Part& part, bool keep) {
   const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part);
   const int64_t blocks = (p.vocab + kTileN - 1) / kTileN, plane = blocks * p.chunk;
-  Product product = {{hidden, true}, {weight, true}, p.width, p.dtype == DType::bf16};
-  if (keep) product.out = p.logits, product.stride = part.columns;
+  const bool bf16 = keeps_bf16(p.dtype, p.softcap, p.recompute);
+  const Product product = {{hidden, true}, {weight, true}, p.width, p.dtype == DType::bf16};
   // Blocks of columns keep their width whatever the number of threads: the sums over them are part of the result.
   const TileGrid grid(part.rows, part.columns, p.threads, p.recompute ? 0 : kTileN);
   for_each_tile(product, grid, p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
-    if (p.recompute && p.softcap == 0.0f) return;
     for (int64_t i = 0; i < tile.mt; ++i) {
       float* row = c + i * stride;
-      const int64_t m = tile.m0 + i, label = p.labels[part.first + m] - tile.n0;
+      const int64_t m = tile.m0 + i, label = p.labels[part.first + m] - tile.n0, at = m * part.columns + tile.n0;
+      if (p.softcap > 0.0f) softcap_row(row, tile.nt, p.softcap);
       if (p.recompute) {
-        softcap_row(row, tile.nt, p.softcap);
+        const RowGradient gradient(p, part, m);
+        if (bf16) gradient.row(row, tile.n0, tile.nt, static_cast<bf16_t*>(p.logits) + at);
+        else gradient.row(row, tile.n0, tile.nt, static_cast<float*>(p.logits) + at);
         continue;
       }
-      const RowStatistics found = row_statistics(row, tile.nt, p.softcap);
-      float* at = p.partial + tile.n0 / kTileN * p.chunk + m;
-      at[0] = found.max, at[plane] = found.exp_sum, at[2 * plane] = found.sum;
       if (label >= 0 && label < tile.nt) p.statistics[p.rows + part.first + m] = row[label];
+      if (keep && !bf16) std::memcpy(static_cast<float*>(p.logits) + at, row, size_t(tile.nt) * 4);
+      const RowStatistics found = row_statistics(row, tile.nt);
+      if (keep && bf16) narrow_row(row, tile.nt, p.logits, DType::bf16, at);
+      float* out = p.partial + tile.n0 / kTileN * p.chunk + m;
+      out[0] = found.max, out[plane] = found.exp_sum, out[2 * plane] = found.sum;
     }
   });
 }
@@ -114,44 +153,44 @@ void loss_coefficients(const CrossEntropyArgs& p, const Part& part) {
   }
 }
 
-// One row of logits into its gradient, in place; as T, whose first elements take the room of the first logits.
-template <class T>
-void differentiate_row(const CrossEntropyArgs& p, const Part& part, int64_t m, float* logits, T* out) {
-  const int64_t row = part.first + m, label = p.labels[row] - part.column;
-  const float a = p.coefficients[row], b = p.coefficients[p.rows + row], c = p.coefficients[2 * p.rows + row];
-  const float max = p.statistics[3 * p.rows + row], scale = a / p.statistics[4 * p.rows + row];
-  const float inverse_cap = p.softcap > 0.0f ? 1.0f / p.softcap : 0.0f;
-  const auto gradient = [&](vf x, float at_label) {
-    const vf grad = vexp2((x - max) * kLog2e) * scale + c + at_label, t = x * inverse_cap;
-    return grad * (1.0f - t * t);
-  };
-  const bool labelled = label >= 0 && label < part.columns;
-  const float label_gradient = labelled ? gradient(splat(logits[label]), b)[0] : 0.0f;
-  for (int64_t v = 0; v < part.columns; v += W) {
-    const int lanes = int(part.columns - v < W ? part.columns - v : W);
-    store_n(out + v, gradient(load_n(logits + v, lanes), 0.0f), lanes);
-  }
-  if (labelled) store_n(out + label, splat(label_gradient), 1);
-}
-
-// The gradients of a part's logits, where the logits were. Products of pairs round them to bf16, so they are kept as that: half the bytes.
-Matrix differentiate(const CrossEntropyArgs& p, const Part& part) {
-  const bool pairs = kBf16Pairs && p.dtype == DType::bf16;
+// What was kept of the part's logits into their gradients, in place.
+void differentiate(const CrossEntropyArgs& p, const Part& part) {
+  const bool bf16 = keeps_bf16(p.dtype, p.softcap, false);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t m = 0; m < part.rows; ++m) {
-    float* logits = p.logits + m * part.columns;
-    if (pairs) differentiate_row(p, part, m, logits, reinterpret_cast<bf16_t*>(logits));
-    else differentiate_row(p, part, m, logits, logits);
+    const RowGradient gradient(p, part, m);
+    if (!bf16) {
+      float* logits = static_cast<float*>(p.logits) + m * part.columns;
+      gradient.row(logits, 0, part.columns, logits);
+      continue;
+    }
+    bf16_t* row = static_cast<bf16_t*>(p.logits) + m * part.columns;
+    for (int64_t n0 = 0; n0 < part.columns; n0 += kTileN) {      // exp(l - largest of this block of columns)
+      const vf factor = vexp2(splat((p.partial[n0 / kTileN * p.chunk + m] - gradient.max) * kLog2e)) * gradient.scale;
+      const int64_t end = part.columns - n0 < kTileN ? part.columns : n0 + kTileN;
+      for (int64_t n = n0; n < end; n += W) {
+        const int lanes = int(end - n < W ? end - n : W);
+        store_n(row + n, load_n(row + n, lanes) * factor + gradient.c, lanes);
+      }
+    }
+    const bool labelled = gradient.label >= 0 && gradient.label < part.columns;
+    if (labelled) store_n(row + gradient.label, gradient(splat(p.statistics[p.rows + part.first + m]), gradient.b), 1);
   }
-  return pairs ? Matrix(p.logits, DType::bf16, 2 * part.columns) : Matrix(p.logits, DType::f32, part.columns);
 }
 
 void gradients(const CrossEntropyArgs& p, const Part& part) {
   const bool pairs = p.dtype == DType::bf16;
-  const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part), grad = differentiate(p, part);
+  const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part);
+  const Matrix grad(p.logits, keeps_bf16(p.dtype, p.softcap, p.recompute) ? DType::bf16 : DType::f32, part.columns);
   if (p.grad_hidden != nullptr) {
-    const Product product = {{grad, true}, {weight, false}, part.columns, pairs, p.grad_hidden + part.first * p.width, p.width, part.column > 0};
-    for_each_tile(product, TileGrid(part.rows, p.width, p.threads), p.threads, p.scratch, kNoEpilogue);
+    const Product product = {{grad, true}, {weight, false}, part.columns, pairs};
+    for_each_tile(product, TileGrid(part.rows, p.width, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
+      for (int64_t i = 0; i < tile.mt; ++i) {
+        float* out = p.grad_hidden + (part.first + tile.m0 + i) * p.width + tile.n0;
+        if (part.column == 0) std::memcpy(out, c + i * stride, size_t(tile.nt) * 4);
+        else for (int64_t n = 0; n < tile.nt; ++n) out[n] += c[i * stride + n];
+      }
+    });
   }
   if (p.grad_weight == nullptr) return;
   Product product = {{grad, false}, {hidden, false}, part.rows, pairs};
@@ -187,12 +226,13 @@ void run(const CrossEntropyArgs& p) {
     join_blocks(p, part);
     if (!needs_gradients) continue;
     loss_coefficients(p, part);
+    differentiate(p, part);
     gradients(p, part);
   }
 }
 
 }  // namespace
 
-extern const CrossEntropyKernels cross_entropy_kernels = {kTileN, &run};
+extern const CrossEntropyKernels cross_entropy_kernels = {kTileN, &keeps_bf16, &run};
 
 }  // namespace longvita::LV_ISA

@@ -142,7 +142,7 @@ void pack_panels(const RowSource& source, const Block& block, float* out, float*
 // c[rows, columns] (+)= a · b over `words` words. a: rows kLda apart (kRows) or a panel of kMr; b: a panel of kNr, of which kVectors count.
 template <class Path, bool kRows, int kVectors>
 void register_tile(int64_t words, const float* a, const float* b, float* c, int64_t stride, int64_t rows, int64_t columns, bool add) {
-  for (int64_t i = 0; i < rows; ++i) prefetch(c + i * stride, columns * 4);      // the products take longer than memory
+  for (int64_t i = 0; i < rows; ++i) prefetch(c + i * stride, columns * 4);
   vf sum[kMr][kVectors];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kMr; ++i) {
@@ -187,7 +187,7 @@ void multiply_blocks(const Tile& tile, int64_t words, const float* a, const floa
   constexpr auto* one = &register_tile<Path, kRows, 1>;
   constexpr auto* two = &register_tile<Path, kRows, 2>;
   constexpr auto* three = &register_tile<Path, kRows, 3>;
-  for (int64_t j = 0; j < tile.nt; j += kNr) {        // a panel of B is read from L1 or near it, while the rows of A stream past it
+  for (int64_t j = 0; j < tile.nt; j += kNr) {        // the block of A stays in L2 and is read once for each panel of B
     const int64_t columns = at_most(tile.nt - j, kNr), vectors = ceil_div(columns, W);
     auto* multiply = vectors == 3 ? three : vectors == 2 ? two : one;
     for (int64_t i = 0; i < tile.mt; i += kMr) {

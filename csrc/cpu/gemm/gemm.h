@@ -73,8 +73,8 @@ constexpr int64_t kMr = W >= 16 ? 8 : 4;       // register tile: kMr × kNv vect
 constexpr int64_t kNv = 3;
 constexpr int64_t kNr = kNv * W;
 constexpr int64_t kKc = 192;                   // words of k per block
-constexpr int64_t kTileM = 384;                // blocks of A and B: 615 KiB, for 1 MiB of L2; the tile of C streams past them
-constexpr int64_t kTileN = 384;
+constexpr int64_t kTileM = W >= 16 ? 768 : 384;   // the block of A stays in L2: 624 KiB of 1 MiB; older CPUs have 512 KiB
+constexpr int64_t kTileN = 768;                // the blocks of B and C stream from L3: 0.6 and 2.3 MiB
 
 // Strides that are no multiple of 4 KiB: whatever is written side by side falls into different sets of L1.
 constexpr int64_t kLda = kKc + 16;
@@ -85,7 +85,7 @@ constexpr int64_t kWordsB = kTileN / kNr * kPanelB;
 constexpr int64_t kTileFloats = kTileM * kTileN;
 constexpr int64_t kRowFloats = kTileN + 16;    // one row of an operand inside a block
 constexpr int64_t kScratchFloats = (kWordsA + kWordsB + kTileFloats + W * kRowFloats + 15) / 16 * 16;   // per thread
-static_assert(kTileM % kMr == 0 && kTileN % kNr == 0 && kTileM <= kRowFloats && kKc % W == 0);
+static_assert(kTileM % kMr == 0 && kTileN % kNr == 0 && kTileM <= kTileN && kKc % W == 0);
 static_assert((kTileM / kMr + 1) * kPanelA <= kWordsA);
 
 // How an M × N result is cut into tiles. tile_n: their width, or 0: what keeps all threads busy.
