@@ -77,6 +77,9 @@ void bind_cross_entropy(py::module_& m) {
         },
         "loss of all supervised rows, without gradients; (supervised, correct)");
   m.def("linear_cross_entropy_block", [] { return cross_entropy_kernels().block; }, "columns of the vocabulary behind one entry of `partial`");
+  m.def("linear_cross_entropy_logit_bytes", [](int dtype, float softcap, bool recompute) {
+    return cross_entropy_kernels().keeps_bf16(DType(dtype), softcap, recompute) ? 2 : 4;
+  });
   m.def("linear_cross_entropy_run",
         [](int dtype, int64_t tokens, int64_t width, int64_t vocab, int64_t rows, uintptr_t hidden, int64_t hidden_stride, uintptr_t weight,
            int64_t weight_stride, uintptr_t index, uintptr_t labels, float softcap, uintptr_t statistics, int64_t chunk, uintptr_t partial,
@@ -105,7 +108,7 @@ void bind_cross_entropy(py::module_& m) {
           p.coefficients = pointer<float>(coefficients, needs_gradients ? 3 * rows : 0, "coefficients");
           p.row_weight = reinterpret_cast<const float*>(row_weight);
           p.smoothing = smoothing, p.z_loss = z_loss;
-          p.logits = pointer<float>(logits, needs_gradients ? chunk * (recompute ? rows : rows > 0 ? vocab : 0) : 0, "logits");
+          p.logits = pointer<char>(logits, needs_gradients ? chunk * (recompute ? rows : rows > 0 ? vocab : 0) : 0, "logits");
           p.grad_hidden = reinterpret_cast<float*>(grad_hidden);
           p.grad_weight = reinterpret_cast<void*>(grad_weight);
           py::gil_scoped_release release;

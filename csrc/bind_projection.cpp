@@ -28,7 +28,7 @@ ProjectionArgs arguments(LV_PROJECTION_ARGUMENTS) {
   p.dtype = DType(dtype);
   p.tiles = sizes[0], p.grid_rows = sizes[1], p.grid_cols = sizes[2], p.channels = sizes[3], p.hidden = sizes[4], p.out = sizes[5];
   check(p.grid_rows > 0 && p.grid_cols > 0 && p.grid_rows % 2 == 0 && p.grid_cols % 2 == 0, "pixel_shuffle_projection: the grid must be even");
-  check(p.channels > 0 && p.channels <= projection_kernels().max_channels, "pixel_shuffle_projection: too many channels for the scratch");
+  check(p.channels > 0, "pixel_shuffle_projection: no channels");
   const int64_t tokens = p.tiles * (p.grid_rows / 2) * (p.grid_cols / 2), width = 4 * p.channels;
   p.x = pointer<const char>(x, tokens * width, "x"), p.x_tile = x_strides[0], p.x_patch = x_strides[1];
   p.ln_weight = pointer<const float>(ln_weight, width, "ln_weight"), p.ln_bias = pointer<const float>(ln_bias, width, "ln_bias");
@@ -40,7 +40,7 @@ ProjectionArgs arguments(LV_PROJECTION_ARGUMENTS) {
   p.z = reinterpret_cast<void*>(z);
   p.act = reinterpret_cast<void*>(act);
   p.scratch = pointer<float>(scratch, threads * lm_head_kernels().scratch_floats, "scratch");
-  p.row_scratch = pointer<float>(row_scratch, threads * projection_kernels().block_rows * width, "row_scratch");
+  p.row_scratch = pointer<float>(row_scratch, threads * 2 * width, "row_scratch");
   p.threads = threads;
   return p;
 }
@@ -57,20 +57,23 @@ void forward(LV_PROJECTION_ARGUMENTS, uintptr_t y) {
   projection_kernels().forward(p);
 }
 
-// grads: addresses of the gradients of x (first patch), ln_weight, ln_bias, w1, b1, w2, b2; 0 where not needed.
-void backward(LV_PROJECTION_ARGUMENTS, uintptr_t grad, int64_t grad_stride, uintptr_t grad_z, uintptr_t partial, Pair grad_x_strides,
+// grads: addresses of the gradients of x (first patch), ln_weight, ln_bias, w1, b1, w2, b2; 0 where not needed. The first is room that
+// LayerNorm's gradients need as well; needs_x: it is wanted.
+void backward(LV_PROJECTION_ARGUMENTS, uintptr_t grad, int64_t grad_stride, bool needs_x, uintptr_t partial, Pair grad_x_strides,
               std::array<uintptr_t, 7> grads) {
   ProjectionArgs p = arguments(LV_PROJECTION_PASS);
   const int64_t tokens = p.tiles * (p.grid_rows / 2) * (p.grid_cols / 2);
   p.grad = pointer<const char>(grad, tokens * p.out, "grad"), p.grad_stride = grad_stride;
-  p.grad_z = reinterpret_cast<float*>(grad_z);
+  p.needs_x = needs_x;
+  p.needs_first = grads[0] != 0 || grads[1] != 0 || grads[3] != 0 || grads[4] != 0;
   p.partial = reinterpret_cast<float*>(partial);
   p.grad_x = reinterpret_cast<void*>(grads[0]), p.grad_x_tile = grad_x_strides[0], p.grad_x_patch = grad_x_strides[1];
   p.grad_ln_weight = reinterpret_cast<float*>(grads[1]), p.grad_ln_bias = reinterpret_cast<float*>(grads[2]);
   p.grad_w1 = reinterpret_cast<void*>(grads[3]), p.grad_b1 = reinterpret_cast<float*>(grads[4]);
   p.grad_w2 = reinterpret_cast<void*>(grads[5]), p.grad_b2 = reinterpret_cast<float*>(grads[6]);
   check(tokens * p.hidden == 0 || z != 0, "pixel_shuffle_projection: backward needs the values before GELU");
-  check(grads[5] == 0 || act != 0 || tokens * p.hidden == 0, "pixel_shuffle_projection: no room for the activations");
+  check(act != 0 || tokens * p.hidden == 0, "pixel_shuffle_projection: no room for the activations");
+  check(grads[0] != 0 || tokens == 0 || (!needs_x && grads[1] == 0), "pixel_shuffle_projection: no room for the gradient of x");
   check((grads[1] == 0) == (grads[2] == 0), "pixel_shuffle_projection: the gradients of ln_weight and ln_bias come together");
   check(grads[1] == 0 || partial != 0 || tokens == 0, "pixel_shuffle_projection: no room for the partial sums of LayerNorm's gradients");
   py::gil_scoped_release release;

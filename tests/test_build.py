@@ -118,7 +118,10 @@ for dtype in (torch.bfloat16, torch.float16):
     every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype).float()      # all values of the type, and what lies between
     near = torch.cat([every, torch.nextafter(every, torch.tensor(0.0)), every * 1.00048828125, torch.randn(9999, generator=generator)])
     y, exact = apply(kernels.simd_round_trip, near, native.dtype_code(dtype)), near.to(dtype).float()
-    assert bool(((y == exact) | (y.isnan() & exact.isnan())).all()), (dtype, near[(y != exact) & ~exact.isnan()][:5])
+    right = (y == exact) | (y.isnan() & exact.isnan())
+    if native.isa() == "avx512bf16" and dtype == torch.bfloat16:      # its instruction takes denormals as 0
+        right |= (y == 0) & (near.abs() < torch.finfo(torch.float32).tiny)
+    assert bool(right.all()), (dtype, near[~right][:5])
 print(native.isa(), kernels.lanes())
 """
 

@@ -14,19 +14,22 @@ struct Part {
 
 LV_INLINE vf softcapped(vf x, float cap) { return vtanh(x * (1.0f / cap)) * cap; }
 
-// Largest value, Σ exp(x - largest) and Σ x of one row of a tile; applies the cap to the row first.
+void softcap_row(float* row, int64_t count, float cap) {
+  for (int64_t i = 0; i < count; i += W) {
+    const int lanes = int(count - i < W ? count - i : W);
+    store_n(row + i, softcapped(load_n(row + i, lanes), cap), lanes);
+  }
+}
+
+// Largest value, Σ exp(x - largest) and Σ x of one row of a tile; leaves exp(x - largest) in its place.
 struct RowStatistics {
   float max, exp_sum, sum;
 };
-RowStatistics row_statistics(float* row, int64_t count, float cap) {
+RowStatistics row_statistics(float* row, int64_t count) {
   vf max = splat(-kInf), sum = vf{}, exp_sum = vf{};
   for (int64_t i = 0; i < count; i += W) {
     const int lanes = int(count - i < W ? count - i : W);
     vf x = load_n(row + i, lanes);
-    if (cap > 0.0f) {
-      x = softcapped(x, cap);
-      store_n(row + i, x, lanes);
-    }
     sum += x;
     if (lanes < W) x = select(iota() < lanes, x, splat(-kInf));
     max = vmax(x, max);
@@ -36,6 +39,7 @@ RowStatistics row_statistics(float* row, int64_t count, float cap) {
     const int lanes = int(count - i < W ? count - i : W);
     vf e = vexp2((load_n(row + i, lanes) - largest) * kLog2e);
     if (lanes < W) e = select(iota() < lanes, e, vf{});
+    store_n(row + i, e, lanes);
     exp_sum += e;
   }
   return {largest, hsum(exp_sum), hsum(sum)};
@@ -54,28 +58,68 @@ Matrix weight_of(const CrossEntropyArgs& p, const Part& part) {
   return {from, p.dtype, p.weight_stride};
 }
 
-// Logits of a part, tile by tile: keeps what the loss needs of each block of columns, and the logits themselves for the gradients.
+// What is kept of a part's logits. Products of pairs round gradients to bf16, and a rounded exp(l - largest) is worth as much as a rounded
+// gradient; in half the bytes twice as many rows are a part, and a part reads the weight twice and its gradient once.
+// A softcap needs the logits again to differentiate it, unless the gradients can be made at once (recompute).
+bool keeps_bf16(DType dtype, float softcap, bool recompute) { return kBf16Pairs && dtype == DType::bf16 && (recompute || softcap == 0.0f); }
+
+// d loss / d logit of one row of the part.
+struct RowGradient {
+  float max, scale, b, c, inverse_cap;
+  int64_t label;                      // column of the part; outside it if the label lies elsewhere
+  RowGradient(const CrossEntropyArgs& p, const Part& part, int64_t m)
+      : max(p.statistics[3 * p.rows + part.first + m]),
+        scale(p.coefficients[part.first + m] / p.statistics[4 * p.rows + part.first + m]),
+        b(p.coefficients[p.rows + part.first + m]),
+        c(p.coefficients[2 * p.rows + part.first + m]),
+        inverse_cap(p.softcap > 0.0f ? 1.0f / p.softcap : 0.0f),
+        label(p.labels[part.first + m] - part.column) {}
+
+  __attribute__((always_inline)) vf operator()(vf x, float at_label) const {
+    const vf t = x * inverse_cap;
+    return (vexp2((x - max) * kLog2e) * scale + c + at_label) * (1.0f - t * t);
+  }
+  // Of the logits in columns n0 … n0+count, to out, which may be where they are.
+  template <class T>
+  void row(const float* logits, int64_t n0, int64_t count, T* out) const {
+    const int64_t at = label - n0;
+    const bool labelled = at >= 0 && at < count;
+    const vf label_gradient = labelled ? (*this)(splat(logits[at]), b) : vf{};
+    for (int64_t n = 0; n < count; n += W) {
+      const int lanes = int(count - n < W ? count - n : W);
+      store_n(out + n, (*this)(load_n(logits + n, lanes), 0.0f), lanes);
+    }
+    if (labelled) store_n(out + at, label_gradient, 1);
+  }
+};
+
+// Logits of a part, tile by tile: what the loss needs of each block of columns and, if `keep`, what the gradients need.
 void logits_of(const CrossEntropyArgs& p, const Part& part, bool keep) {
   const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part);
   const int64_t blocks = (p.vocab + kTileN - 1) / kTileN, plane = blocks * p.chunk;
+  const bool bf16 = keeps_bf16(p.dtype, p.softcap, p.recompute);
+  const Product product = {{hidden, true}, {weight, true}, p.width, p.dtype == DType::bf16};
   // Blocks of columns keep their width whatever the number of threads: the sums over them are part of the result.
-  for_each_tile({hidden, true}, {weight, true}, TileGrid(part.rows, part.columns, p.threads, kTileN), p.width, p.dtype == DType::bf16, p.threads,
-                p.scratch, [&](const Tile& tile, float* c) {
-                  for (int64_t i = 0; i < tile.mt; ++i) {
-                    float* row = c + i * kTileN;
-                    const int64_t m = tile.m0 + i;
-                    if (!p.recompute) {
-                      const RowStatistics found = row_statistics(row, tile.nt, p.softcap);
-                      float* at = p.partial + tile.n0 / kTileN * p.chunk + m;
-                      at[0] = found.max, at[plane] = found.exp_sum, at[2 * plane] = found.sum;
-                      const int64_t label = p.labels[part.first + m] - tile.n0;
-                      if (label >= 0 && label < tile.nt) p.statistics[p.rows + part.first + m] = row[label];
-                    } else if (p.softcap > 0.0f) {
-                      for (int64_t n = 0; n < tile.nt; n += W) store(row + n, softcapped(load(row + n), p.softcap));
-                    }
-                    if (keep) std::memcpy(p.logits + m * part.columns + tile.n0, row, size_t(tile.nt) * 4);
-                  }
-                });
+  const TileGrid grid(part.rows, part.columns, p.threads, p.recompute ? 0 : kTileN);
+  for_each_tile(product, grid, p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
+    for (int64_t i = 0; i < tile.mt; ++i) {
+      float* row = c + i * stride;
+      const int64_t m = tile.m0 + i, label = p.labels[part.first + m] - tile.n0, at = m * part.columns + tile.n0;
+      if (p.softcap > 0.0f) softcap_row(row, tile.nt, p.softcap);
+      if (p.recompute) {
+        const RowGradient gradient(p, part, m);
+        if (bf16) gradient.row(row, tile.n0, tile.nt, static_cast<bf16_t*>(p.logits) + at);
+        else gradient.row(row, tile.n0, tile.nt, static_cast<float*>(p.logits) + at);
+        continue;
+      }
+      if (label >= 0 && label < tile.nt) p.statistics[p.rows + part.first + m] = row[label];
+      if (keep && !bf16) std::memcpy(static_cast<float*>(p.logits) + at, row, size_t(tile.nt) * 4);
+      const RowStatistics found = row_statistics(row, tile.nt);
+      if (keep && bf16) narrow_row(row, tile.nt, p.logits, DType::bf16, at);
+      float* out = p.partial + tile.n0 / kTileN * p.chunk + m;
+      out[0] = found.max, out[plane] = found.exp_sum, out[2 * plane] = found.sum;
+    }
+  });
 }
 
 // Joins the blocks of columns, always in their order; lanes are rows.
@@ -109,61 +153,56 @@ void loss_coefficients(const CrossEntropyArgs& p, const Part& part) {
   }
 }
 
-// Turns the part's logits into their gradients, in place.
+// What was kept of the part's logits into their gradients, in place.
 void differentiate(const CrossEntropyArgs& p, const Part& part) {
-  const float inverse_cap = p.softcap > 0.0f ? 1.0f / p.softcap : 0.0f;
+  const bool bf16 = keeps_bf16(p.dtype, p.softcap, false);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t m = 0; m < part.rows; ++m) {
-    const int64_t row = part.first + m, label = p.labels[row] - part.column;
-    const float a = p.coefficients[row], b = p.coefficients[p.rows + row], c = p.coefficients[2 * p.rows + row];
-    const float max = p.statistics[3 * p.rows + row], scale = a / p.statistics[4 * p.rows + row];
-    float* logits = p.logits + m * part.columns;
-    const bool labelled = label >= 0 && label < part.columns;
-    const float label_logit = labelled ? logits[label] : 0.0f;
-    for (int64_t v = 0; v < part.columns; v += W) {
-      const int lanes = int(part.columns - v < W ? part.columns - v : W);
-      const vf x = load_n(logits + v, lanes);
-      vf grad = vexp2((x - max) * kLog2e) * scale + c;
-      if (inverse_cap > 0.0f) {
-        const vf t = x * inverse_cap;
-        grad *= 1.0f - t * t;
+    const RowGradient gradient(p, part, m);
+    if (!bf16) {
+      float* logits = static_cast<float*>(p.logits) + m * part.columns;
+      gradient.row(logits, 0, part.columns, logits);
+      continue;
+    }
+    bf16_t* row = static_cast<bf16_t*>(p.logits) + m * part.columns;
+    for (int64_t n0 = 0; n0 < part.columns; n0 += kTileN) {      // exp(l - largest of this block of columns)
+      const vf factor = vexp2(splat((p.partial[n0 / kTileN * p.chunk + m] - gradient.max) * kLog2e)) * gradient.scale;
+      const int64_t end = part.columns - n0 < kTileN ? part.columns : n0 + kTileN;
+      for (int64_t n = n0; n < end; n += W) {
+        const int lanes = int(end - n < W ? end - n : W);
+        store_n(row + n, load_n(row + n, lanes) * factor + gradient.c, lanes);
       }
-      store_n(logits + v, grad, lanes);
     }
-    if (labelled) {
-      const float t = label_logit * inverse_cap;
-      logits[label] += b * (1.0f - t * t);
-    }
+    const bool labelled = gradient.label >= 0 && gradient.label < part.columns;
+    if (labelled) store_n(row + gradient.label, gradient(splat(p.statistics[p.rows + part.first + m]), gradient.b), 1);
   }
-}
-
-// out (+)= row
-void put(float* out, const float* row, int64_t count, bool add) {
-  if (!add) std::memcpy(out, row, size_t(count) * 4);
-  else for (int64_t n = 0; n < count; ++n) out[n] += row[n];
 }
 
 void gradients(const CrossEntropyArgs& p, const Part& part) {
   const bool pairs = p.dtype == DType::bf16;
-  const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part), grad(p.logits, DType::f32, part.columns);
+  const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part);
+  const Matrix grad(p.logits, keeps_bf16(p.dtype, p.softcap, p.recompute) ? DType::bf16 : DType::f32, part.columns);
   if (p.grad_hidden != nullptr) {
-    for_each_tile({grad, true}, {weight, false}, TileGrid(part.rows, p.width, p.threads), part.columns, pairs, p.threads, p.scratch,
-                  [&](const Tile& tile, const float* c) {
-                    for (int64_t i = 0; i < tile.mt; ++i) {
-                      float* out = p.grad_hidden + (part.first + tile.m0 + i) * p.width + tile.n0;
-                      put(out, c + i * kTileN, tile.nt, part.column > 0);
-                    }
-                  });
+    const Product product = {{grad, true}, {weight, false}, part.columns, pairs};
+    for_each_tile(product, TileGrid(part.rows, p.width, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
+      for (int64_t i = 0; i < tile.mt; ++i) {
+        float* out = p.grad_hidden + (part.first + tile.m0 + i) * p.width + tile.n0;
+        if (part.column == 0) std::memcpy(out, c + i * stride, size_t(tile.nt) * 4);
+        else for (int64_t n = 0; n < tile.nt; ++n) out[n] += c[i * stride + n];
+      }
+    });
   }
-  if (p.grad_weight != nullptr) {
-    for_each_tile({grad, false}, {hidden, false}, TileGrid(part.columns, p.width, p.threads), part.rows, pairs, p.threads, p.scratch,
-                  [&](const Tile& tile, const float* c) {
-                    for (int64_t i = 0; i < tile.mt; ++i) {
-                      const int64_t at = (part.column + tile.m0 + i) * p.width + tile.n0;
-                      if (p.recompute) narrow_row(c + i * kTileN, tile.nt, p.grad_weight, p.dtype, at);      // of all rows: finished
-                      else put(static_cast<float*>(p.grad_weight) + at, c + i * kTileN, tile.nt, part.first > 0);
-                    }
-                  });
+  if (p.grad_weight == nullptr) return;
+  Product product = {{grad, false}, {hidden, false}, part.rows, pairs};
+  const TileGrid grid(part.columns, p.width, p.threads);
+  if (p.recompute) {      // of all rows: finished
+    char* out = static_cast<char*>(p.grad_weight) + part.column * p.width * int64_t(dtype_size(p.dtype));
+    for_each_tile(product, grid, p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
+      narrow_tile(tile, c, stride, out, p.dtype, p.width);
+    });
+  } else {
+    product.out = static_cast<float*>(p.grad_weight), product.stride = p.width, product.add = part.first > 0;
+    for_each_tile(product, grid, p.threads, p.scratch, kNoEpilogue);
   }
 }
 
@@ -176,7 +215,6 @@ void run(const CrossEntropyArgs& p) {
     for (int64_t column = 0; column < p.vocab && p.rows > 0; column += p.chunk) {
       const Part part = {0, p.rows, column, p.vocab - column < p.chunk ? p.vocab - column : p.chunk};
       logits_of(p, part, true);
-      differentiate(p, part);
       gradients(p, part);
     }
     return;
@@ -195,6 +233,6 @@ void run(const CrossEntropyArgs& p) {
 
 }  // namespace
 
-extern const CrossEntropyKernels cross_entropy_kernels = {kTileN, &run};
+extern const CrossEntropyKernels cross_entropy_kernels = {kTileN, &keeps_bf16, &run};
 
 }  // namespace longvita::LV_ISA

@@ -39,13 +39,14 @@ struct CrossEntropyArgs {
   float* coefficients;                                // (3, M): a, b, c; written unless recompute
   const float* row_weight;                            // (M) or null: 1
   float smoothing, z_loss;
-  float* logits;                                      // (chunk, V), or (M, chunk) where recompute is set
+  void* logits;                                       // (chunk, V), or (M, chunk) where recompute is set; bf16 or float32: see below
   float* grad_hidden;                                 // (M, H) or null
   void* grad_weight;                                  // (V, H) or null: fp32, or dtype where recompute is set
 };
 
 struct CrossEntropyKernels {
   int64_t block;                                      // columns of the vocabulary behind one entry of partial
+  bool (*keeps_bf16)(DType dtype, float softcap, bool recompute);      // what logits are kept as between the products
   void (*run)(const CrossEntropyArgs&);
 };
 

@@ -29,12 +29,10 @@ void forward_thin(const LmHeadArgs& p) {
 void forward(const LmHeadArgs& p) {
   if (p.rows <= kThinRows) return forward_thin(p);
   const Matrix hidden(p.hidden, p.dtype, p.hidden_stride, p.index), weight(p.weight, p.dtype, p.weight_stride);
-  for_each_tile({hidden, true}, {weight, true}, TileGrid(p.rows, p.vocab, p.threads), p.width, p.dtype == DType::bf16, p.threads, p.scratch,
-                [&](const Tile& tile, const float* c) {
-                  for (int64_t i = 0; i < tile.mt; ++i) {
-                    narrow_row(c + i * kTileN, tile.nt, p.out, p.dtype, (tile.m0 + i) * p.vocab + tile.n0);
-                  }
-                });
+  const Product product = {{hidden, true}, {weight, true}, p.width, p.dtype == DType::bf16};
+  for_each_tile(product, TileGrid(p.rows, p.vocab, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
+    narrow_tile(tile, c, stride, p.out, p.dtype, p.vocab);
+  });
 }
 
 // A row that was asked for twice gets the sum of both gradients, added in fp32 in the order of the rows and rounded once.
@@ -60,21 +58,15 @@ void backward(const LmHeadArgs& p) {
   const Matrix hidden(p.hidden, p.dtype, p.hidden_stride, p.index), weight(p.weight, p.dtype, p.weight_stride);
   const Matrix grad(p.grad, p.dtype, p.grad_stride);
   if (p.grad_hidden != nullptr) {
-    for_each_tile({grad, true}, {weight, false}, TileGrid(p.rows, p.width, p.threads), p.vocab, pairs, p.threads, p.scratch,
-                  [&](const Tile& tile, const float* c) {
-                    for (int64_t i = 0; i < tile.mt; ++i) {
-                      std::memcpy(p.grad_rows + (tile.m0 + i) * p.width + tile.n0, c + i * kTileN, size_t(tile.nt) * 4);
-                    }
-                  });
+    const Product product = {{grad, true}, {weight, false}, p.vocab, pairs, p.grad_rows, p.width};
+    for_each_tile(product, TileGrid(p.rows, p.width, p.threads), p.threads, p.scratch, kNoEpilogue);
     scatter(p);
   }
   if (p.grad_weight != nullptr) {
-    for_each_tile({grad, false}, {hidden, false}, TileGrid(p.vocab, p.width, p.threads), p.rows, pairs, p.threads, p.scratch,
-                  [&](const Tile& tile, const float* c) {
-                    for (int64_t i = 0; i < tile.mt; ++i) {
-                      narrow_row(c + i * kTileN, tile.nt, p.grad_weight, p.dtype, (tile.m0 + i) * p.width + tile.n0);
-                    }
-                  });
+    const Product product = {{grad, false}, {hidden, false}, p.rows, pairs};
+    for_each_tile(product, TileGrid(p.vocab, p.width, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
+      narrow_tile(tile, c, stride, p.grad_weight, p.dtype, p.width);
+    });
   }
 }
 

@@ -7,7 +7,7 @@
 namespace longvita::LV_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 96;      // tokens whose LayerNorm is differentiated together
+constexpr int64_t kBlockRows = 96;      // tokens behind one partial sum of the LayerNorm's gradients
 
 LV_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 LV_INLINE int64_t tokens_of(const ProjectionArgs& p) { return p.tiles * (p.grid_rows / 2) * (p.grid_cols / 2); }
@@ -39,38 +39,69 @@ LV_INLINE vf gelu_slope(vf z) { return normal_cdf(z) + z * 0.39894228f * vexp2(z
 // ---------------------------------------------------------------------------------------------- reading x
 // Token r of the shuffled image: column (dr·2 + dc)·C + c is channel c of patch (2i + dr, 2j + dc). Where patches are adjacent in
 // memory, two of them make one run.
-struct Shuffled : RowSource {
+struct Shuffled {
   const ProjectionArgs& p;
   int64_t run;                       // values in one run: 2C or C
   explicit Shuffled(const ProjectionArgs& p) : p(p), run(p.x_patch == p.channels ? 2 * p.channels : p.channels) {}
 
-  // Element offset of the run that holds column `col` of token `row`.
+  // Element offset of column `col` of token `row`.
+  int64_t offset(int64_t row, int64_t col) const { return offset(row, col, p.x_tile, p.x_patch); }
+  int64_t gradient_offset(int64_t row, int64_t col) const { return offset(row, col, p.grad_x_tile, p.grad_x_patch); }
   int64_t offset(int64_t row, int64_t col, int64_t tile_stride, int64_t patch_stride) const {
     const int64_t across = p.grid_cols / 2, per_tile = across * (p.grid_rows / 2);
     const int64_t i = row % per_tile / across, j = row % across, corner = col / p.channels;
-    return row / per_tile * tile_stride + ((2 * i + corner / 2) * p.grid_cols + 2 * j + corner % 2) * patch_stride;
+    const int64_t patch = (2 * i + corner / 2) * p.grid_cols + 2 * j + corner % 2;
+    return row / per_tile * tile_stride + patch * patch_stride + col % p.channels;
   }
-  const float* read(int64_t row, int64_t col, int64_t count, float* buffer) const override {
+  const float* read(int64_t row, int64_t col, int64_t count, float* buffer) const {
     for (int64_t done = 0; done < count;) {
       const int64_t at = col + done, within = at % run, take = smaller(run - within, count - done);
-      const int64_t from = offset(row, at - within, p.x_tile, p.x_patch) + within;
-      const float* values = widen_row(p.x, p.dtype, from, take, buffer + done);
+      const float* values = widen_row(p.x, p.dtype, offset(row, at), take, buffer + done);
       if (take == count) return values;
       if (values != buffer + done) std::memcpy(buffer + done, values, size_t(take) * 4);
       done += take;
     }
     return buffer;
   }
+  // The gradient of x, which need not have its strides: all columns of a token, to `out`; or some of them rounded and written.
+  void read_gradient(int64_t row, float* out) const {
+    for (int64_t at = 0; at < 4 * p.channels; at += p.channels) {
+      const float* values = widen_row(p.grad_x, p.dtype, gradient_offset(row, at), p.channels, out + at);
+      if (values != out + at) std::memcpy(out + at, values, size_t(p.channels) * 4);
+    }
+  }
+  void write_gradient(int64_t row, int64_t col, int64_t count, const float* values) const {
+    for (int64_t at = col; at < col + count;) {
+      const int64_t take = smaller(p.channels - at % p.channels, col + count - at);
+      narrow_row(values + at - col, take, p.grad_x, p.dtype, gradient_offset(row, at));
+      at += take;
+    }
+  }
 };
 
 // The same after LayerNorm.
-struct Normalised final : Shuffled {
-  explicit Normalised(const ProjectionArgs& p) : Shuffled(p) {}
-  const float* read(int64_t row, int64_t col, int64_t count, float* buffer) const override {
-    const float* values = Shuffled::read(row, col, count, buffer);
+struct Normalised final : RowSource {
+  Shuffled shuffled;
+  explicit Normalised(const ProjectionArgs& p) : shuffled(p) {}
+  const void* where(int64_t row, int64_t col) const override {
+    return static_cast<const char*>(shuffled.p.x) + shuffled.offset(row, col) * int64_t(dtype_size(shuffled.p.dtype));
+  }
+  const float* read(int64_t row, int64_t col, int64_t count, float* buffer) const override { return normalise(row, col, count, buffer); }
+  const bf16_t* read_bf16(int64_t row, int64_t col, int64_t count, bf16_t* buffer) const override { return normalise(row, col, count, buffer); }
+
+ private:
+  template <class T>
+  const T* normalise(int64_t row, int64_t col, int64_t count, T* out) const {
+    float buffer[kRowFloats];
+    const ProjectionArgs& p = shuffled.p;
+    const float* values = shuffled.read(row, col, count, buffer);
     const float mean = p.stats[row], inverse = p.stats[tokens_of(p) + row];
-    for (int64_t i = 0; i < count; ++i) buffer[i] = (values[i] - mean) * inverse * p.ln_weight[col + i] + p.ln_bias[col + i];
-    return buffer;
+    for (int64_t i = 0; i < count; i += W) {
+      const int lanes = int(smaller(count - i, W));
+      const vf weight = load_n(p.ln_weight + col + i, lanes), bias = load_n(p.ln_bias + col + i, lanes);
+      store_n(out + i, (load_n(values + i, lanes) - mean) * inverse * weight + bias, lanes);
+    }
+    return out;
   }
 };
 
@@ -92,7 +123,7 @@ void statistics(const ProjectionArgs& p) {
   const int64_t tokens = tokens_of(p), width = 4 * p.channels;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t r = 0; r < tokens; ++r) {
-    float* buffer = p.row_scratch + omp_get_thread_num() * kBlockRows * width;
+    float* buffer = p.row_scratch + omp_get_thread_num() * 2 * width;
     const float* row = shuffled.read(r, 0, width, buffer);
     const float mean = row_sum(row, width, 0.0f, false) / float(width);
     p.stats[r] = mean;
@@ -101,31 +132,35 @@ void statistics(const ProjectionArgs& p) {
 }
 
 // ---------------------------------------------------------------------------------------------- forward
+void add_bias(const Tile& tile, float* c, int64_t stride, const float* bias) {
+  for (int64_t i = 0; i < tile.mt; ++i) {
+    for (int64_t n = 0; n < tile.nt; ++n) c[i * stride + n] += bias[tile.n0 + n];
+  }
+}
+
 void forward(const ProjectionArgs& p) {
   const int64_t tokens = tokens_of(p);
   const bool pairs = p.dtype == DType::bf16;
   statistics(p);
   const Normalised normalised(p);
   const Matrix w1(p.w1, p.dtype, p.w1_stride), w2(p.w2, p.dtype, p.w2_stride), act(p.act, p.dtype, p.hidden);
-  for_each_tile({normalised, true}, {w1, true}, TileGrid(tokens, p.hidden, p.threads), 4 * p.channels, pairs, p.threads, p.scratch,
-                [&](const Tile& tile, float* c) {
-                  for (int64_t i = 0; i < tile.mt; ++i) {
-                    float* row = c + i * kTileN;
-                    const int64_t at = (tile.m0 + i) * p.hidden + tile.n0;
-                    if (p.b1 != nullptr) for (int64_t n = 0; n < tile.nt; ++n) row[n] += p.b1[tile.n0 + n];
-                    if (p.z != nullptr) narrow_row(row, tile.nt, p.z, p.dtype, at);
-                    for (int64_t n = 0; n < tile.nt; n += W) store(row + n, gelu(load(row + n)));
-                    narrow_row(row, tile.nt, p.act, p.dtype, at);
-                  }
-                });
-  for_each_tile({act, true}, {w2, true}, TileGrid(tokens, p.out, p.threads), p.hidden, pairs, p.threads, p.scratch,
-                [&](const Tile& tile, float* c) {
-                  for (int64_t i = 0; i < tile.mt; ++i) {
-                    float* row = c + i * kTileN;
-                    if (p.b2 != nullptr) for (int64_t n = 0; n < tile.nt; ++n) row[n] += p.b2[tile.n0 + n];
-                    narrow_row(row, tile.nt, p.y, p.dtype, (tile.m0 + i) * p.out + tile.n0);
-                  }
-                });
+  const Product first = {{normalised, true}, {w1, true}, 4 * p.channels, pairs}, second = {{act, true}, {w2, true}, p.hidden, pairs};
+  for_each_tile(first, TileGrid(tokens, p.hidden, p.threads), p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
+    if (p.b1 != nullptr) add_bias(tile, c, stride, p.b1);
+    if (p.z != nullptr) narrow_tile(tile, c, stride, p.z, p.dtype, p.hidden);
+    for (int64_t i = 0; i < tile.mt; ++i) {
+      for (int64_t n = 0; n < tile.nt; n += W) {
+        const int lanes = int(smaller(tile.nt - n, W));
+        float* at = c + i * stride + n;
+        store_n(at, gelu(load_n(at, lanes)), lanes);
+      }
+    }
+    narrow_tile(tile, c, stride, p.act, p.dtype, p.hidden);
+  });
+  for_each_tile(second, TileGrid(tokens, p.out, p.threads), p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
+    if (p.b2 != nullptr) add_bias(tile, c, stride, p.b2);
+    narrow_tile(tile, c, stride, p.y, p.dtype, p.out);
+  });
 }
 
 // ---------------------------------------------------------------------------------------------- backward
@@ -165,6 +200,7 @@ void activations_again(const ProjectionArgs& p) {
   }
 }
 
+// The gradient of z takes the place of the activations, which are not needed any more once the gradient of w2 is there.
 void second_linear(const ProjectionArgs& p) {
   const int64_t tokens = tokens_of(p);
   const bool pairs = p.dtype == DType::bf16;
@@ -172,26 +208,25 @@ void second_linear(const ProjectionArgs& p) {
   if (p.grad_b2 != nullptr) column_sums(grad, tokens, p.out, p.threads, p.grad_b2);
   if (p.grad_w2 != nullptr) {
     activations_again(p);
-    for_each_tile({grad, false}, {act, false}, TileGrid(p.out, p.hidden, p.threads), tokens, pairs, p.threads, p.scratch,
-                  [&](const Tile& tile, const float* c) {
-                    for (int64_t i = 0; i < tile.mt; ++i) {
-                      narrow_row(c + i * kTileN, tile.nt, p.grad_w2, p.dtype, (tile.m0 + i) * p.hidden + tile.n0);
-                    }
-                  });
+    const Product product = {{grad, false}, {act, false}, tokens, pairs};
+    for_each_tile(product, TileGrid(p.out, p.hidden, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
+      narrow_tile(tile, c, stride, p.grad_w2, p.dtype, p.hidden);
+    });
   }
-  if (p.grad_z == nullptr) return;
-  for_each_tile({grad, true}, {w2, false}, TileGrid(tokens, p.hidden, p.threads), p.out, pairs, p.threads, p.scratch,
-                [&](const Tile& tile, const float* c) {
-                  float buffer[kTileN];
-                  for (int64_t i = 0; i < tile.mt; ++i) {
-                    const int64_t at = (tile.m0 + i) * p.hidden + tile.n0;
-                    const float* z = widen_row(p.z, p.dtype, at, tile.nt, buffer);
-                    for (int64_t n = 0; n < tile.nt; n += W) {
-                      const int lanes = int(smaller(tile.nt - n, W));
-                      store_n(p.grad_z + at + n, load(c + i * kTileN + n) * gelu_slope(load_n(z + n, lanes)), lanes);
-                    }
-                  }
-                });
+  if (!p.needs_first) return;
+  const Product product = {{grad, true}, {w2, false}, p.out, pairs};
+  for_each_tile(product, TileGrid(tokens, p.hidden, p.threads), p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
+    float buffer[kTileN];
+    for (int64_t i = 0; i < tile.mt; ++i) {
+      const float* z = widen_row(p.z, p.dtype, (tile.m0 + i) * p.hidden + tile.n0, tile.nt, buffer);
+      for (int64_t n = 0; n < tile.nt; n += W) {
+        const int lanes = int(smaller(tile.nt - n, W));
+        float* at = c + i * stride + n;
+        store_n(at, load_n(at, lanes) * gelu_slope(load_n(z + n, lanes)), lanes);
+      }
+    }
+    narrow_tile(tile, c, stride, p.act, p.dtype, p.hidden);
+  });
 }
 
 // Gradient of one token through LayerNorm. grad: of the normalised row, (4C), turned into that of the shuffled row in place if x needs it.
@@ -209,7 +244,7 @@ void through_layer_norm(const ProjectionArgs& p, int64_t row, const float* x, fl
     grad_sum += scaled;                    // lanes past the end: g is 0 there
     product_sum += scaled * centred;
   }
-  if (p.grad_x == nullptr) return;
+  if (!p.needs_x) return;
   const float mean_grad = hsum(grad_sum) / float(width), mean_product = hsum(product_sum) / float(width);
   for (int64_t i = 0; i < width; i += W) {
     const int lanes = int(smaller(width - i, W));
@@ -218,32 +253,25 @@ void through_layer_norm(const ProjectionArgs& p, int64_t row, const float* x, fl
   }
 }
 
+// First the gradient of the normalised rows, in the place of the gradient of x; then, row by row, through LayerNorm.
 void layer_norm(const ProjectionArgs& p) {
   const int64_t tokens = tokens_of(p), width = 4 * p.channels, blocks = (tokens + kBlockRows - 1) / kBlockRows;
-  const bool pairs = p.dtype == DType::bf16;
   const Shuffled shuffled(p);
-  const Matrix grad_z(p.grad_z, DType::f32, p.hidden), w1(p.w1, p.dtype, p.w1_stride);
+  const Matrix grad_z(p.act, p.dtype, p.hidden), w1(p.w1, p.dtype, p.w1_stride);
+  const Product product = {{grad_z, true}, {w1, false}, p.hidden, p.dtype == DType::bf16};
+  for_each_tile(product, TileGrid(tokens, width, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
+    for (int64_t i = 0; i < tile.mt; ++i) shuffled.write_gradient(tile.m0 + i, tile.n0, tile.nt, c + i * stride);
+  });
 #pragma omp parallel for num_threads(p.threads) schedule(dynamic)
   for (int64_t block = 0; block < blocks; ++block) {
-    float* scratch = p.scratch + omp_get_thread_num() * kScratchFloats;
-    float* grads = p.row_scratch + omp_get_thread_num() * kBlockRows * width;
-    const int64_t first = block * kBlockRows, count = smaller(tokens - first, kBlockRows);
-    for (int64_t n0 = 0; n0 < width; n0 += kTileN) {
-      const Tile tile = {first, count, n0, smaller(width - n0, kTileN)};
-      const float* c = tile_product({grad_z, true}, {w1, false}, tile, p.hidden, pairs, scratch);
-      for (int64_t i = 0; i < count; ++i) std::memcpy(grads + i * width + n0, c + i * kTileN, size_t(tile.nt) * 4);
-    }
+    float* grad = p.row_scratch + omp_get_thread_num() * 2 * width;
     float* sum_weight = p.partial == nullptr ? nullptr : p.partial + block * 2 * width;
     if (sum_weight != nullptr) std::memset(sum_weight, 0, size_t(2 * width) * 4);
-    for (int64_t i = 0; i < count; ++i) {
-      float* grad = grads + i * width;
-      const float* x = shuffled.read(first + i, 0, width, scratch);      // the product is done: its scratch is free
-      through_layer_norm(p, first + i, x, grad, sum_weight, sum_weight == nullptr ? nullptr : sum_weight + width);
-      if (p.grad_x == nullptr) continue;
-      for (int64_t corner = 0; corner < 4; ++corner) {
-        const int64_t to = shuffled.offset(first + i, corner * p.channels, p.grad_x_tile, p.grad_x_patch);
-        narrow_row(grad + corner * p.channels, p.channels, p.grad_x, p.dtype, to);
-      }
+    for (int64_t row = block * kBlockRows; row < smaller(tokens, (block + 1) * kBlockRows); ++row) {
+      const float* x = shuffled.read(row, 0, width, grad + width);
+      shuffled.read_gradient(row, grad);
+      through_layer_norm(p, row, x, grad, sum_weight, sum_weight == nullptr ? nullptr : sum_weight + width);
+      if (p.needs_x) shuffled.write_gradient(row, 0, width, grad);
     }
   }
   if (p.partial == nullptr) return;
@@ -254,27 +282,25 @@ void layer_norm(const ProjectionArgs& p) {
 
 void first_linear(const ProjectionArgs& p) {
   const int64_t tokens = tokens_of(p), width = 4 * p.channels;
-  const Matrix grad_z(p.grad_z, DType::f32, p.hidden);
+  const Matrix grad_z(p.act, p.dtype, p.hidden);
   if (p.grad_b1 != nullptr) column_sums(grad_z, tokens, p.hidden, p.threads, p.grad_b1);
   if (p.grad_w1 != nullptr) {
     const Normalised normalised(p);
-    for_each_tile({grad_z, false}, {normalised, false}, TileGrid(p.hidden, width, p.threads), tokens, p.dtype == DType::bf16, p.threads,
-                  p.scratch, [&](const Tile& tile, const float* c) {
-                    for (int64_t i = 0; i < tile.mt; ++i) {
-                      narrow_row(c + i * kTileN, tile.nt, p.grad_w1, p.dtype, (tile.m0 + i) * width + tile.n0);
-                    }
-                  });
+    const Product product = {{grad_z, false}, {normalised, false}, tokens, p.dtype == DType::bf16};
+    for_each_tile(product, TileGrid(p.hidden, width, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
+      narrow_tile(tile, c, stride, p.grad_w1, p.dtype, width);
+    });
   }
   if (p.grad_x != nullptr || p.partial != nullptr) layer_norm(p);
 }
 
 void backward(const ProjectionArgs& p) {
   second_linear(p);
-  if (p.grad_z != nullptr) first_linear(p);
+  if (p.needs_first) first_linear(p);
 }
 
 }  // namespace
 
-extern const ProjectionKernels projection_kernels = {kBlockRows, kScratchFloats / 4, &forward, &backward};
+extern const ProjectionKernels projection_kernels = {kBlockRows, &forward, &backward};
 
 }  // namespace longvita::LV_ISA

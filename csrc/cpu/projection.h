@@ -22,25 +22,25 @@ struct ProjectionArgs {
   float eps;
   float* stats;                                       // (2, R): mean and 1/std of every token; R = N · rows/2 · cols/2
   void* z;                                            // (R, hidden) before GELU, in dtype; null in a forward pass that is not differentiated
-  void* act;                                          // (R, hidden) after GELU, in dtype
+  void* act;                                          // (R, hidden) after GELU, in dtype; backward puts the gradient of z into its place
   float* scratch;                                     // threads × gemm_scratch_floats
+  float* row_scratch;                                 // threads × 2 × 4C
   int threads;
   void* y;                                            // (R, out)
 
   // Backward. Null pointers: not needed.
   const void* grad; int64_t grad_stride;              // (R, out)
-  float* grad_z;                                      // (R, hidden); null if neither x, LayerNorm, w1 nor b1 takes a gradient
-  float* row_scratch;                                 // threads × kernels.block_rows × 4C
+  bool needs_first;                                   // x, LayerNorm, w1 or b1 takes a gradient
+  bool needs_x;
   float* partial;                                     // (blocks of R, 2, 4C)
-  void* grad_x; int64_t grad_x_tile, grad_x_patch;    // first patch
+  void* grad_x; int64_t grad_x_tile, grad_x_patch;    // first patch; room that is needed for LayerNorm's gradients too
   float* grad_ln_weight; float* grad_ln_bias;         // (4C), both or none
   void* grad_w1; void* grad_w2;
   float* grad_b1; float* grad_b2;
 };
 
 struct ProjectionKernels {
-  int64_t block_rows;                                 // tokens per block of the LayerNorm's backward
-  int64_t max_channels;                               // a token has to fit into the scratch of the matrix product
+  int64_t block_rows;                                 // tokens behind one row of partial
   void (*forward)(const ProjectionArgs&);
   void (*backward)(const ProjectionArgs&);
 };

@@ -87,7 +87,7 @@ LV_INLINE vi widen_bytes(const Byte* p) {
 LV_INLINE vf widen(vh x, bf16_t) { return (vf)(widen_u16(x) << 16); }
 
 LV_INLINE vh narrow(vf x, bf16_t) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)      // one instruction; it takes denormals as 0, as the products of pairs do
   return (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
   const vu u = (vu)x;
@@ -320,6 +320,27 @@ LV_INLINE vu pack_pairs(vf even, vf odd) {
   const vu lo = __builtin_convertvector(narrow(even, bf16_t{}), vu), hi = __builtin_convertvector(narrow(odd, bf16_t{}), vu);
   return lo | (hi << 16);
 #endif
+}
+
+// Words of two rows of n <= 2W bf16: the even row in the low halves, the odd one (or zeros) in the high halves.
+struct Zipped {
+  vf low, high;      // words of lanes 0 … W-1 and W … 2W-1
+};
+LV_INLINE Zipped zip_bf16(const bf16_t* even, const bf16_t* odd, int n) {
+  typedef uint16_t vs __attribute__((vector_size(W * 4)));
+  vs a = {}, b = {}, low = {}, high = {};
+  if (n == 2 * W && odd != nullptr) {
+    std::memcpy(&a, even, sizeof a);
+    std::memcpy(&b, odd, sizeof b);
+  } else {
+    std::memcpy(&a, even, size_t(n) * 2);
+    if (odd != nullptr) std::memcpy(&b, odd, size_t(n) * 2);
+  }
+  for (int i = 0; i < 2 * W; ++i) {
+    low[i] = uint16_t(i / 2 + i % 2 * 2 * W);
+    high[i] = uint16_t(W + i / 2 + i % 2 * 2 * W);
+  }
+  return {(vf)__builtin_shuffle(a, b, low), (vf)__builtin_shuffle(a, b, high)};
 }
 
 LV_INLINE vf dot_pairs(vf c, vu a, vu b) {

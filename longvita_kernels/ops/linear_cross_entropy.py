@@ -109,9 +109,9 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
                                   gradient of weight. reduction="none" and vocab_group always do so
     → loss, float32. Nothing supervised gives 0. Sums are in float32, gradients are rounded once, and a frozen input skips its matmul.
 
-    Memory beside inputs and outputs: one chunk of logits, at most max(4 Mi, 256 · V) floats; from forward to backward the float32
-    gradients of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile (T, H): R is not known there).
-    With low_memory: at most max(4 Mi, 256 · R) logits at a time and, in backward, the float32 gradient of the rows (R, H).
+    Memory beside inputs and outputs: one chunk of logits, at most max(16 MiB, V KiB), and 3.6 MiB per thread; from forward to backward
+    the float32 gradients of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile (T, H): R is not known
+    there). With low_memory: at most max(16 MiB, R KiB) of logits and, in backward, the float32 gradient of the rows (R, H).
     Raises ValueError for arguments that do not fit and, on the CPU, for a label outside 0 … V−1 that is not ignore_index.
     """
     hidden, weight = _common.autocast_tensors(hidden, weight)

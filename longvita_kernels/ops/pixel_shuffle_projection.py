@@ -48,8 +48,8 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
     → (N, rows/2 · cols/2, O) in x's dtype. All seven tensors take gradients; those that are frozen skip their part of the work.
 
     Statistics, sums and GELU are in float32. Memory beside inputs and outputs: GELU(z), and z if a gradient may follow, (tokens, D) each;
-    backward the float32 gradient of z, and per thread 96 tokens of 4C floats. Autocast casts x, weights and biases like `linear`, and
-    leaves ln_weight and ln_bias.
+    backward one (tokens, D), and a tensor like x if x is frozen but LayerNorm is not; per thread 3.6 MiB and two tokens of floats.
+    Autocast casts x, weights and biases like `linear`, and leaves ln_weight and ln_bias.
     Raises ValueError for shapes, dtypes, devices or strides that do not fit.
     """
     x, w1, b1, w2, b2 = _common.autocast_tensors(x, w1, b1, w2, b2)
@@ -124,7 +124,7 @@ def _native_arguments(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, 
     module, threads, (tile, patch, _) = native.load(), torch.get_num_threads(), x.stride()
     sizes, tokens = _sizes(x, w1, w2, grid)
     vectors = [None if t is None else _vector(t) for t in (ln_weight, ln_bias, b1, b2)]
-    rows, product = threads * module.pixel_shuffle_projection_block_rows() * 4 * x.shape[2], threads * module.gemm_scratch_floats()
+    rows, product = threads * 2 * 4 * x.shape[2], threads * module.gemm_scratch_floats()
     scratch = torch.empty(rows + product + (2 * tokens + more if more else 0), dtype=torch.float32)
     at = scratch.data_ptr()
     if more:
@@ -185,24 +185,23 @@ def _backward_impl(grad, x, ln_weight, ln_bias, w1, b1, w2, b2, z, stats, grid, 
     grad = _gemm.dense_rows(grad)
     vector = [torch.empty(size if need else 0, dtype=torch.float32) for size, need in (
         (4 * channels, need_lw or need_lb), (4 * channels, need_lw or need_lb), (hidden, need_b1), (w2.shape[0], need_b2))]  # fmt: skip
-    out_x, out_w1, out_w2 = (t.new_empty(t.shape) if need else _common.absent(x) for t, need in ((x, need_x), (w1, need_w1), (w2, need_w2)))
-    patches = out_x[:, 1:] if need_x and class_token else out_x
+    out_w1, out_w2 = (t.new_empty(t.shape) if need else _common.absent(x) for t, need in ((w1, need_w1), (w2, need_w2)))
+    out_x = x.new_empty(x.shape) if need_x or need_lw or need_lb else _common.absent(x)  # LayerNorm is differentiated in its place
+    patches = out_x[:, 1:] if out_x.numel() and class_token else out_x
     if need_x and class_token:
         out_x[:, 0].zero_()
-    grad_z = torch.empty(max(tokens, 1) if any(needs[:5]) else 0, hidden, dtype=torch.float32)  # null means that nothing needs it
     blocks = -(-tokens // module.pixel_shuffle_projection_block_rows())
     partial = torch.empty(max(blocks, 1) if need_lw or need_lb else 0, 2, 4 * channels, dtype=torch.float32)
-    act = x.new_empty(tokens if need_w2 else 0, hidden)
+    act = x.new_empty(tokens, hidden)
     arguments, alive = _native_arguments(*inputs, grid, class_token, eps, stats.data_ptr(), z.data_ptr(), act.data_ptr())
     module.pixel_shuffle_projection_backward(
-        *arguments, grad.data_ptr(), grad.stride(0), grad_z.data_ptr(), partial.data_ptr(),
-        patches.stride()[:2] if need_x else (0, 0),
+        *arguments, grad.data_ptr(), grad.stride(0), need_x, partial.data_ptr(), patches.stride()[:2] if patches.numel() else (0, 0),
         (patches.data_ptr(), vector[0].data_ptr(), vector[1].data_ptr(), out_w1.data_ptr(), vector[2].data_ptr(),
          out_w2.data_ptr(), vector[3].data_ptr()),
     )  # fmt: skip
     cast = [v.to(t.dtype) if need else _common.absent(x) for v, t, need in zip(
         vector, (ln_weight, ln_bias, b1, b2), (need_lw, need_lb, need_b1, need_b2), strict=True)]  # fmt: skip
-    return out_x, cast[0], cast[1], out_w1, cast[2], out_w2, cast[3]
+    return out_x if need_x else _common.absent(x), cast[0], cast[1], out_w1, cast[2], out_w2, cast[3]
 
 
 def _backward_fake(grad, x, ln_weight, ln_bias, w1, b1, w2, b2, z, stats, grid, class_token, eps, needs):

@@ -10,26 +10,19 @@ LV_INLINE int64_t at_most(int64_t a, int64_t limit) { return a < limit ? a : lim
 
 // ---------------------------------------------------------------------------------------------- what a word is
 struct Single {                       // one fp32 value
+  using Value = float;
   static constexpr int64_t kDepth = 1;
-  static const float* along_k(const float* row, int64_t, float*) { return row; }
-  static const float* across_k(const float* row, const float*, int64_t, float*) { return row; }
+  LV_INLINE const float* read(const RowSource& source, int64_t row, int64_t col, int64_t count, float* buffer) {
+    return source.read(row, col, count, buffer);
+  }
   LV_INLINE vf multiply_add(vf sum, float a, vf b) { return b * a + sum; }
 };
 
 struct Pairs {                        // two bf16 values, k and k + 1
+  using Value = bf16_t;
   static constexpr int64_t kDepth = 2;
-  static const float* along_k(const float* row, int64_t count, float* words) {
-    bf16_t* out = reinterpret_cast<bf16_t*>(words);
-    narrow_row(row, count, out, DType::bf16, 0);
-    if (count % 2) out[count].bits = 0;
-    return words;
-  }
-  static const float* across_k(const float* even, const float* odd, int64_t count, float* words) {
-    for (int64_t i = 0; i < count; i += W) {
-      const int lanes = int(at_most(count - i, W));
-      store_n(words + i, (vf)pack_pairs(load_n(even + i, lanes), odd ? load_n(odd + i, lanes) : vf{}), lanes);
-    }
-    return words;
+  LV_INLINE const bf16_t* read(const RowSource& source, int64_t row, int64_t col, int64_t count, float* buffer) {
+    return source.read_bf16(row, col, count, reinterpret_cast<bf16_t*>(buffer));
   }
   LV_INLINE vf multiply_add(vf sum, float a, vf b) {
     uint32_t bits;
@@ -44,133 +37,185 @@ struct Block {
   int64_t first, count, k0, depth, words;
 };
 
+LV_INLINE void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
 // Rows run along k: keeps them as rows, kLda apart, zero rows up to a whole register tile.
 template <class Path>
-void pack_rows(const RowSource& source, const Block& block, float* out, float* rows) {
-  for (int64_t i = 0; i < block.count; ++i) {
-    if (i + 2 < block.count) source.prefetch(block.first + i + 2, block.k0, block.depth);
-    const float* row = source.read(block.first + i, block.k0, block.depth, rows);
-    std::memcpy(out + i * kLda, Path::along_k(row, block.depth, rows + kRowFloats), size_t(block.words) * 4);
+void pack_rows(const RowSource& source, const Block& block, float* out) {
+  constexpr int64_t kAhead = 6;
+  const int64_t bytes = block.depth * int64_t(sizeof(typename Path::Value));
+  for (int64_t i = 0; i < block.count; ++i, out += kLda) {
+    if (i + kAhead < block.count) prefetch(source.where(block.first + i + kAhead, block.k0), bytes);
+    const auto* row = Path::read(source, block.first + i, block.k0, block.depth, out);
+    if ((const void*)row != (const void*)out) std::memcpy(out, row, size_t(bytes));
+    std::memset(reinterpret_cast<char*>(out) + bytes, 0, size_t(block.words * 4 - bytes));
   }
-  for (int64_t i = block.count; i < ceil_div(block.count, kMr) * kMr; ++i) std::memset(out + i * kLda, 0, size_t(block.words) * 4);
+  for (int64_t i = block.count; i % kMr != 0; ++i, out += kLda) std::memset(out, 0, size_t(block.words) * 4);
 }
 
-LV_INLINE void transpose_4x4(const float* const rows[4], int64_t at, float* out, int64_t stride) {
-  typedef float v4 __attribute__((vector_size(16)));
-  typedef int32_t i4 __attribute__((vector_size(16)));
-  v4 r[4];
-  for (int i = 0; i < 4; ++i) std::memcpy(&r[i], rows[i] + at, 16);
-  const v4 a = __builtin_shuffle(r[0], r[1], i4{0, 4, 1, 5}), b = __builtin_shuffle(r[0], r[1], i4{2, 6, 3, 7});
-  const v4 c = __builtin_shuffle(r[2], r[3], i4{0, 4, 1, 5}), d = __builtin_shuffle(r[2], r[3], i4{2, 6, 3, 7});
-  const v4 columns[4] = {__builtin_shuffle(a, c, i4{0, 1, 4, 5}), __builtin_shuffle(a, c, i4{2, 3, 6, 7}),
-                         __builtin_shuffle(b, d, i4{0, 1, 4, 5}), __builtin_shuffle(b, d, i4{2, 3, 6, 7})};
-  for (int i = 0; i < 4; ++i) std::memcpy(out + i * stride, &columns[i], 16);
+template <int H = W / 2>
+LV_INLINE void transpose(vf* x) {
+  const Butterfly pick = butterfly<H>();
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if ((i & H) != 0) continue;
+    const vf a = x[i], b = x[i + H];
+    x[i] = __builtin_shuffle(a, b, pick.low);
+    x[i + H] = __builtin_shuffle(a, b, pick.high);
+  }
+  if constexpr (H > 1) transpose<H / 2>(x);
 }
 
-// Rows run along k: into panels of kNr columns, transposed four rows at a time.
+// Rows run along k: into panels of kNr columns, W × W words at a time.
 template <class Path>
-void pack_transposed(const RowSource& source, const Block& block, float* out, float* rows) {
-  for (int64_t j = 0; j < ceil_div(block.count, kNr) * kNr; j += 4) {
-    const float* four[4];
-    for (int64_t i = 4; i < 8 && j + i < block.count; ++i) source.prefetch(block.first + j + i, block.k0, block.depth);
-    for (int64_t i = 0; i < 4; ++i) {
-      float* buffer = rows + i * kRowFloats;
-      if (j + i < block.count) {
-        const float* row = source.read(block.first + j + i, block.k0, block.depth, buffer);
-        four[i] = Path::along_k(row, block.depth, buffer + 4 * kRowFloats);
-      } else {
-        std::memset(buffer, 0, size_t(block.words) * 4);
-        four[i] = buffer;
-      }
+void pack_transposed(const RowSource& source, const Block& block, float* out, float* buffers) {
+  using Value = typename Path::Value;
+  for (int64_t j = 0; j < block.count; j += W) {
+    const int64_t rows = at_most(block.count - j, W), next = at_most(block.count - j - rows, W);
+    const Value* row[W];
+    const char* ahead[W];
+    for (int64_t i = 0; i < rows; ++i) {
+      row[i] = Path::read(source, block.first + j + i, block.k0, block.depth, buffers + i * kRowFloats);
     }
+    for (int64_t i = 0; i < next; ++i) ahead[i] = static_cast<const char*>(source.where(block.first + j + W + i, block.k0));
     float* panel = out + j / kNr * kPanelB + j % kNr;
-    int64_t k = 0;
-    for (; k + 4 <= block.words; k += 4) transpose_4x4(four, k, panel + k * kNr, kNr);
-    for (; k < block.words; ++k) {
-      for (int i = 0; i < 4; ++i) panel[k * kNr + i] = four[i][k];
+    for (int64_t k = 0; k < block.words; k += W) {
+      for (int64_t i = 0; i < next; ++i) __builtin_prefetch(ahead[i] + k * 4);
+      const int64_t left = at_most(block.depth - k * Path::kDepth, W * Path::kDepth);
+      vf x[W];
+      if (left == W * Path::kDepth && rows == W) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < W; ++i) std::memcpy(&x[i], row[i] + k * Path::kDepth, sizeof(vf));
+      } else {
+        for (int64_t i = 0; i < W; ++i) {
+          x[i] = vf{};
+          if (i < rows) std::memcpy(&x[i], row[i] + k * Path::kDepth, size_t(left) * sizeof(Value));
+        }
+      }
+      transpose(x);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; ++i) store(panel + (k + i) * kNr, x[i]);      // words past the end: kKc is a multiple of W
     }
   }
 }
 
-// Rows run across k: cut into panels of `width`. Whole vectors are copied; what runs over is written again by the next row.
+// W words of one k into panels of kWidth, from column i on (a multiple of W).
+template <int64_t kWidth, int64_t kPanel>
+LV_INLINE void store_columns(float* out, int64_t i, vf words) {
+  constexpr int64_t kPiece = kWidth < W ? kWidth : W;
+#pragma GCC unroll 4
+  for (int64_t c = 0; c < W; c += kPiece) {
+    std::memcpy(out + (i + c) / kWidth * kPanel + (i + c) % kWidth, reinterpret_cast<float*>(&words) + c, kPiece * 4);
+  }
+}
+
+// Rows run across k: cut into panels of kWidth, zeros up to a whole vector.
 template <class Path, int64_t kWidth, int64_t kPanel>
-void pack_panels(const RowSource& source, const Block& block, float* out, float* rows) {
-  constexpr int64_t kVectors = (kWidth + W - 1) / W, kAhead = 8;
-  for (int64_t k = 0; k < block.words; ++k) {
-    const int64_t from = block.k0 + k * Path::kDepth, soon = from + kAhead * Path::kDepth;
-    if (soon + Path::kDepth <= block.k0 + block.depth) {
-      for (int64_t i = 0; i < Path::kDepth; ++i) source.prefetch(soon + i, block.first, block.count);
+void pack_panels(const RowSource& source, const Block& block, float* out, float* buffers) {
+  constexpr int64_t kAhead = 6, kDepth = Path::kDepth;
+  const int64_t bytes = block.count * int64_t(sizeof(typename Path::Value));
+  for (int64_t k = 0; k < block.words; ++k, out += kWidth) {
+    const int64_t from = block.k0 + k * kDepth, left = block.depth - k * kDepth;
+    for (int64_t i = 0; i < kDepth; ++i) {
+      if (kAhead * kDepth + i < left) prefetch(source.where(from + kAhead * kDepth + i, block.first), bytes);
     }
-    const float* even = source.read(from, block.first, block.count, rows);
-    const float* odd = nullptr;
-    if (Path::kDepth == 2 && from + 1 < block.k0 + block.depth) odd = source.read(from + 1, block.first, block.count, rows + kRowFloats);
-    const float* row = Path::across_k(even, odd, block.count, rows + 2 * kRowFloats);
-    float* panel = out + k * kWidth;
-    int64_t i = 0;
-    for (; i + kVectors * W <= block.count; i += kWidth, panel += kPanel) {
-      for (int64_t v = 0; v < kVectors; ++v) store(panel + v * W, load(row + i + v * W));
-    }
-    for (; i < block.count; i += kWidth, panel += kPanel) {
-      for (int64_t c = 0; c < kWidth; ++c) panel[c] = i + c < block.count ? row[i + c] : 0.0f;
+    const auto* row = Path::read(source, from, block.first, block.count, buffers);
+    if constexpr (kDepth == 1) {
+      for (int64_t i = 0; i < block.count; i += W) {
+        store_columns<kWidth, kPanel>(out, i, load_n(row + i, int(at_most(block.count - i, W))));
+      }
+    } else {
+      const bf16_t* odd = left > 1 ? Path::read(source, from + 1, block.first, block.count, buffers + kRowFloats) : nullptr;
+      for (int64_t i = 0; i < block.count; i += 2 * W) {
+        const int lanes = int(at_most(block.count - i, 2 * W));
+        const Zipped words = zip_bf16(row + i, odd == nullptr ? nullptr : odd + i, lanes);
+        store_columns<kWidth, kPanel>(out, i, words.low);
+        if (lanes > W) store_columns<kWidth, kPanel>(out, i + W, words.high);
+      }
     }
   }
 }
 
 // ---------------------------------------------------------------------------------------------- register tile
-// c[kMr, kNr] (+)= a · b over `words` words. a: rows kLda apart (kRows) or a panel of kMr; b: a panel of kNr.
-template <class Path, bool kRows>
-void register_tile(int64_t words, const float* a, const float* b, float* c, bool add) {
-  vf sum[kMr][kNv];
-#pragma GCC unroll 16
+// c[rows, columns] (+)= a · b over `words` words. a: rows kLda apart (kRows) or a panel of kMr; b: a panel of kNr, of which kVectors count.
+template <class Path, bool kRows, int kVectors>
+void register_tile(int64_t words, const float* a, const float* b, float* c, int64_t stride, int64_t rows, int64_t columns, bool add) {
+  for (int64_t i = 0; i < rows; ++i) prefetch(c + i * stride, columns * 4);
+  vf sum[kMr][kVectors];
+#pragma GCC unroll 8
   for (int64_t i = 0; i < kMr; ++i) {
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kNv; ++j) sum[i][j] = vf{};
+#pragma GCC unroll 3
+    for (int64_t j = 0; j < kVectors; ++j) sum[i][j] = vf{};
   }
   for (int64_t k = 0; k < words; ++k) {
-    vf bv[kNv];
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kNv; ++j) bv[j] = load(b + j * W);
-#pragma GCC unroll 16
+    vf bv[kVectors];
+#pragma GCC unroll 3
+    for (int64_t j = 0; j < kVectors; ++j) bv[j] = load(b + j * W);
+#pragma GCC unroll 8
     for (int64_t i = 0; i < kMr; ++i) {
       const float av = kRows ? a[i * kLda] : a[i];
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < kNv; ++j) sum[i][j] = Path::multiply_add(sum[i][j], av, bv[j]);
+#pragma GCC unroll 3
+      for (int64_t j = 0; j < kVectors; ++j) sum[i][j] = Path::multiply_add(sum[i][j], av, bv[j]);
     }
     a += kRows ? 1 : kMr;
     b += kNr;
   }
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kMr; ++i) {
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kNv; ++j) {
-      float* out = c + i * kTileN + j * W;
-      store(out, add ? load(out) + sum[i][j] : sum[i][j]);
+  if (rows == kMr && columns == kVectors * W) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kMr; ++i) {
+#pragma GCC unroll 3
+      for (int64_t j = 0; j < kVectors; ++j) {
+        float* out = c + i * stride + j * W;
+        store(out, add ? load(out) + sum[i][j] : sum[i][j]);
+      }
+    }
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j * W < columns; ++j) {
+      float* out = c + i * stride + j * W;
+      const int lanes = int(at_most(columns - j * W, W));
+      store_n(out, add ? load_n(out, lanes) + sum[i][j] : sum[i][j], lanes);
+    }
+  }
+}
+
+template <class Path, bool kRows>
+void multiply_blocks(const Tile& tile, int64_t words, const float* a, const float* b, float* c, int64_t stride, bool add) {
+  constexpr auto* one = &register_tile<Path, kRows, 1>;
+  constexpr auto* two = &register_tile<Path, kRows, 2>;
+  constexpr auto* three = &register_tile<Path, kRows, 3>;
+  for (int64_t j = 0; j < tile.nt; j += kNr) {        // the block of A stays in L2 and is read once for each panel of B
+    const int64_t columns = at_most(tile.nt - j, kNr), vectors = ceil_div(columns, W);
+    auto* multiply = vectors == 3 ? three : vectors == 2 ? two : one;
+    for (int64_t i = 0; i < tile.mt; i += kMr) {
+      const float* rows = kRows ? a + i * kLda : a + i / kMr * kPanelA;
+      multiply(words, rows, b + j / kNr * kPanelB, c + i * stride + j, stride, at_most(tile.mt - i, kMr), columns, add);
     }
   }
 }
 
 template <class Path>
-float* product(const Operand& a, const Operand& b, const Tile& tile, int64_t K, float* scratch) {
+float* typed_product(const Product& p, const Tile& tile, float* scratch) {
   float* packed_a = scratch;
   float* packed_b = packed_a + kWordsA;
-  float* c = packed_b + kWordsB;
-  float* rows = c + kTileFloats;
-  if (K == 0) std::memset(c, 0, size_t(kTileFloats) * 4);
-  for (int64_t k0 = 0; k0 < K; k0 += kKc * Path::kDepth) {
-    const int64_t depth = at_most(K - k0, kKc * Path::kDepth), words = ceil_div(depth, Path::kDepth);
+  float* own = packed_b + kWordsB;
+  float* buffers = own + kTileFloats;
+  const int64_t stride = p.out != nullptr ? p.stride : kTileN;
+  float* c = p.out != nullptr ? p.out + tile.m0 * stride + tile.n0 : own;
+  for (int64_t i = 0; p.K == 0 && !p.add && i < tile.mt; ++i) std::memset(c + i * stride, 0, size_t(tile.nt) * 4);
+  for (int64_t k0 = 0; k0 < p.K; k0 += kKc * Path::kDepth) {
+    const int64_t depth = at_most(p.K - k0, kKc * Path::kDepth), words = ceil_div(depth, Path::kDepth);
     const Block block_a = {tile.m0, tile.mt, k0, depth, words}, block_b = {tile.n0, tile.nt, k0, depth, words};
-    if (a.k_dense) pack_rows<Path>(a.source, block_a, packed_a, rows);
-    else pack_panels<Path, kMr, kPanelA>(a.source, block_a, packed_a, rows);
-    if (b.k_dense) pack_transposed<Path>(b.source, block_b, packed_b, rows);
-    else pack_panels<Path, kNr, kPanelB>(b.source, block_b, packed_b, rows);
-    for (int64_t j = 0; j < tile.nt; j += kNr) {        // a panel of B stays in L1 while the rows of A stream past it
-      const float* panel_b = packed_b + j / kNr * kPanelB;
-      for (int64_t i = 0; i < tile.mt; i += kMr) {
-        float* out = c + i * kTileN + j;
-        if (a.k_dense) register_tile<Path, true>(words, packed_a + i * kLda, panel_b, out, k0 > 0);
-        else register_tile<Path, false>(words, packed_a + i / kMr * kPanelA, panel_b, out, k0 > 0);
-      }
-    }
+    if (p.a.k_dense) pack_rows<Path>(p.a.source, block_a, packed_a);
+    else pack_panels<Path, kMr, kPanelA>(p.a.source, block_a, packed_a, buffers);
+    if (p.b.k_dense) pack_transposed<Path>(p.b.source, block_b, packed_b, buffers);
+    else pack_panels<Path, kNr, kPanelB>(p.b.source, block_b, packed_b, buffers);
+    const bool add = p.add || k0 > 0;
+    if (p.a.k_dense) multiply_blocks<Path, true>(tile, words, packed_a, packed_b, c, stride, add);
+    else multiply_blocks<Path, false>(tile, words, packed_a, packed_b, c, stride, add);
   }
   return c;
 }
@@ -248,12 +293,26 @@ void narrow_row(const float* values, int64_t count, void* data, DType dtype, int
   else std::memcpy(static_cast<float*>(data) + offset, values, size_t(count) * 4);
 }
 
-TileGrid::TileGrid(int64_t M, int64_t N, int threads, int64_t min_n) : M(M), N(N), tile_m(kTileM), tile_n(kTileN) {
-  const int64_t wanted = threads > 1 ? 4 * int64_t(threads) : 1;
-  while (tile_n > min_n && ceil_div(M, tile_m) * ceil_div(N, tile_n) < wanted) tile_n /= 2;
-  while (tile_m > 48 && ceil_div(M, tile_m) * ceil_div(N, tile_n) < wanted) tile_m /= 2;
-  tile_m = ceil_div(ceil_div(M, ceil_div(M, tile_m) + (M == 0)), kMr) * kMr;     // even out
-  if (tile_m == 0) tile_m = kMr;
+const bf16_t* Matrix::read_bf16(int64_t row, int64_t col, int64_t count, bf16_t* buffer) const {
+  if (dtype == DType::bf16) return static_cast<const bf16_t*>(data) + offset(row, col);
+  float wide[kRowFloats];
+  narrow_typed(read(row, col, count, wide), count, buffer);
+  return buffer;
+}
+
+// The cut that takes least, if tiles are dealt in rounds: a word that is packed costs as much as kPacking multiply-adds.
+TileGrid::TileGrid(int64_t M, int64_t N, int threads, int64_t width) : M(M), N(N), tile_m(kMr), tile_n(width > 0 ? width : W) {
+  constexpr int64_t kPacking = 8, kTried = 8;
+  const int64_t least_rows = ceil_div(M, kTileM), least_cols = ceil_div(N, width > 0 ? width : kTileN);
+  int64_t best = INT64_MAX;
+  for (int64_t r = least_rows; r < least_rows + kTried && M * N > 0; ++r) {
+    const int64_t least_rounds = ceil_div(r * least_cols, threads);
+    for (int64_t rounds = least_rounds; rounds < least_rounds + kTried; ++rounds) {
+      const int64_t m = ceil_div(ceil_div(M, r), kMr) * kMr, n = width > 0 ? width : ceil_div(ceil_div(N, rounds * threads / r), W) * W;
+      const int64_t time = ceil_div(ceil_div(M, m) * ceil_div(N, n), threads) * (m * n + kPacking * (m + n));
+      if (time < best) best = time, tile_m = m, tile_n = n;
+    }
+  }
   rows = ceil_div(M, tile_m);
   cols = ceil_div(N, tile_n);
 }
@@ -264,9 +323,8 @@ Tile tile_at(const TileGrid& grid, int64_t number) {
   return {m0, at_most(grid.M - m0, grid.tile_m), n0, at_most(grid.N - n0, grid.tile_n)};
 }
 
-float* tile_product(const Operand& a, const Operand& b, const Tile& tile, int64_t K, bool pairs, float* scratch) {
-  if (kBf16Pairs && pairs) return product<Pairs>(a, b, tile, K, scratch);
-  return product<Single>(a, b, tile, K, scratch);
+float* tile_product(const Product& product, const Tile& tile, float* scratch) {
+  return kBf16Pairs && product.pairs ? typed_product<Pairs>(product, tile, scratch) : typed_product<Single>(product, tile, scratch);
 }
 
 void thin_product(const float* a, int64_t lda, int64_t rows, const void* b, DType dtype, int64_t ldb, int64_t n0, int64_t count, int64_t K,

@@ -6,7 +6,7 @@
 //
 // Operands are read through RowSource, row by row: rows may be gathered by an index, be made of several strided runs, or be normalised
 // on the way; either dimension may be the dense one. They are packed into 32-bit words: one fp32 value, or, where the CPU multiplies
-// pairs of bf16, two bf16 values that follow each other in k.
+// pairs of bf16, two bf16 values that follow each other in k. bf16 goes from memory to words without becoming fp32 on the way.
 //
 // m, n, k: rows of C, columns of C, the summed dimension. M, N, K: their sizes.
 #pragma once
@@ -20,18 +20,18 @@
 namespace longvita::LV_ISA {
 
 // ---------------------------------------------------------------------------------------------- operands
-// A matrix that gives any part of any row as fp32.
-struct RowSource {
-  // `count` values of `row` from column `col` on: a pointer into the matrix, or to `buffer` (room for count) after conversion.
-  virtual const float* read(int64_t row, int64_t col, int64_t count, float* buffer) const = 0;
-  // The same part will be read soon. Short pieces of far-apart rows are more than the hardware foresees.
-  virtual void prefetch(int64_t, int64_t, int64_t) const {}
-};
-
-// `count` values at element `offset` of an array, as fp32.
+// `count` values at element `offset` of an array, as fp32: a pointer into the array, or to `buffer` after conversion.
 const float* widen_row(const void* data, DType dtype, int64_t offset, int64_t count, float* buffer);
 // The other way, rounded to nearest even.
 void narrow_row(const float* values, int64_t count, void* data, DType dtype, int64_t offset);
+
+// A matrix that gives any part of any row, as fp32 or as bf16: a pointer into the matrix, or to `buffer` (room for count) after conversion.
+struct RowSource {
+  virtual const float* read(int64_t row, int64_t col, int64_t count, float* buffer) const = 0;
+  virtual const bf16_t* read_bf16(int64_t row, int64_t col, int64_t count, bf16_t* buffer) const = 0;
+  // Where this element lies in memory, for those who know that they will read it soon; or null.
+  virtual const void* where(int64_t, int64_t) const { return nullptr; }
+};
 
 // A matrix in memory. stride: elements between rows; index: where row r really is, or null.
 struct Matrix final : RowSource {
@@ -42,12 +42,13 @@ struct Matrix final : RowSource {
 
   Matrix(const void* data, DType dtype, int64_t stride, const int64_t* index = nullptr)
       : data(data), dtype(dtype), stride(stride), index(index) {}
+  int64_t offset(int64_t row, int64_t col) const { return (index ? index[row] : row) * stride + col; }
   const float* read(int64_t row, int64_t col, int64_t count, float* buffer) const override {
-    return widen_row(data, dtype, (index ? index[row] : row) * stride + col, count, buffer);
+    return widen_row(data, dtype, offset(row, col), count, buffer);
   }
-  void prefetch(int64_t row, int64_t col, int64_t count) const override {
-    const char* from = static_cast<const char*>(data) + ((index ? index[row] : row) * stride + col) * int64_t(dtype_size(dtype));
-    for (int64_t i = 0; i < count * int64_t(dtype_size(dtype)); i += 64) __builtin_prefetch(from + i);
+  const bf16_t* read_bf16(int64_t row, int64_t col, int64_t count, bf16_t* buffer) const override;
+  const void* where(int64_t row, int64_t col) const override {
+    return static_cast<const char*>(data) + offset(row, col) * int64_t(dtype_size(dtype));
   }
 };
 
@@ -57,29 +58,40 @@ struct Operand {
   bool k_dense;
 };
 
+struct Product {
+  Operand a, b;
+  int64_t K;
+  bool pairs;                         // round the operands to bf16 and multiply two at a time (loses nothing where they are bf16)
+  // Where C goes, as fp32: a matrix of this row stride (which may be added to), or, where out is null, the scratch, a tile at a time.
+  float* out = nullptr;
+  int64_t stride = 0;
+  bool add = false;
+};
+
 // ---------------------------------------------------------------------------------------------- tiles
-constexpr int64_t kMr = W >= 16 ? 12 : 6;      // register tile: kMr × kNv vectors of sums; leaves registers for B and one broadcast
-constexpr int64_t kNv = 2;
+constexpr int64_t kMr = W >= 16 ? 8 : 4;       // register tile: kMr × kNv vectors of sums, and room for kNv of B and one broadcast
+constexpr int64_t kNv = 3;
 constexpr int64_t kNr = kNv * W;
-constexpr int64_t kKc = W >= 16 ? 192 : 256;   // words of k per block: one panel of B (kNr × kKc words) stays in L1
-constexpr int64_t kTileM = 192;                // blocks of A and B and the tile itself: under 700 KiB, for 1 MiB of L2
-constexpr int64_t kTileN = 256;
+constexpr int64_t kKc = 192;                   // words of k per block
+constexpr int64_t kTileM = W >= 16 ? 768 : 384;   // the block of A stays in L2: 624 KiB of 1 MiB; older CPUs have 512 KiB
+constexpr int64_t kTileN = 768;                // the blocks of B and C stream from L3: 0.6 and 2.3 MiB
 
-constexpr int64_t kLda = kKc + 16;                     // not a power of two: rows of a register tile fall into different sets of L1
-constexpr int64_t kPanelA = kMr * kKc + 2 * W;         // panels are written in whole vectors, which run over the end
-constexpr int64_t kPanelB = kNr * kKc;
-constexpr int64_t kRowFloats = 2 * kKc + 2 * W;        // one row of an operand inside a block
-constexpr int64_t kWordsA = kTileM * kLda + 2 * W;
-constexpr int64_t kWordsB = kTileN * kKc;
+// Strides that are no multiple of 4 KiB: whatever is written side by side falls into different sets of L1.
+constexpr int64_t kLda = kKc + 16;
+constexpr int64_t kPanelA = kMr * kKc + 16;
+constexpr int64_t kPanelB = kNr * kKc + 16;
+constexpr int64_t kWordsA = kTileM * kLda + kPanelA;
+constexpr int64_t kWordsB = kTileN / kNr * kPanelB;
 constexpr int64_t kTileFloats = kTileM * kTileN;
-constexpr int64_t kScratchFloats = (kWordsA + kWordsB + kTileFloats + 8 * kRowFloats + 15) / 16 * 16;   // per thread
-static_assert(kTileM % kMr == 0 && kTileN % kNr == 0 && kNr % 4 == 0);
-static_assert(kTileM / kMr * kPanelA <= kWordsA && kRowFloats >= kTileN && kRowFloats >= kTileM);
+constexpr int64_t kRowFloats = kTileN + 16;    // one row of an operand inside a block
+constexpr int64_t kScratchFloats = (kWordsA + kWordsB + kTileFloats + W * kRowFloats + 15) / 16 * 16;   // per thread
+static_assert(kTileM % kMr == 0 && kTileN % kNr == 0 && kTileM <= kTileN && kKc % W == 0);
+static_assert((kTileM / kMr + 1) * kPanelA <= kWordsA);
 
-// How an M × N result is cut into tiles: at most kTileM × kTileN, smaller (down to min_n columns) where that would leave threads idle.
+// How an M × N result is cut into tiles. tile_n: their width, or 0: what keeps all threads busy.
 struct TileGrid {
   int64_t M, N, tile_m, tile_n, rows, cols;
-  TileGrid(int64_t M, int64_t N, int threads, int64_t min_n = 64);
+  TileGrid(int64_t M, int64_t N, int threads, int64_t tile_n = 0);
   int64_t count() const { return rows * cols; }
 };
 struct Tile {
@@ -87,18 +99,23 @@ struct Tile {
 };
 Tile tile_at(const TileGrid& grid, int64_t number);
 
-// C[m0 : m0+mt, n0 : n0+nt] = Σ_k A[m, k]·B[k, n] as fp32 with row stride kTileN, inside `scratch` (kScratchFloats, 64-byte aligned).
-// pairs: round the operands to bf16 and multiply two at a time (loses nothing where they are bf16); ignored where the CPU cannot.
-float* tile_product(const Operand& a, const Operand& b, const Tile& tile, int64_t K, bool pairs, float* scratch);
+// C[m0 : m0+mt, n0 : n0+nt] (+)= Σ_k A[m, k]·B[k, n]. scratch: kScratchFloats, 64-byte aligned. → the tile's first element.
+float* tile_product(const Product& product, const Tile& tile, float* scratch);
 
-// Every tile of an M × N product on `threads` threads (scratch: kScratchFloats for each): epilogue(tile, c) while it is in cache.
+// The epilogues that several ops share: round a tile into a matrix of `columns` columns; leave it where it is.
+inline void narrow_tile(const Tile& tile, const float* c, int64_t stride, void* out, DType dtype, int64_t columns) {
+  for (int64_t i = 0; i < tile.mt; ++i) narrow_row(c + i * stride, tile.nt, out, dtype, (tile.m0 + i) * columns + tile.n0);
+}
+constexpr auto kNoEpilogue = [](const Tile&, float*, int64_t) {};
+
+// Every tile of a product on `threads` threads (scratch: kScratchFloats for each): epilogue(tile, c, stride) while it is in cache.
 template <class Epilogue>
-void for_each_tile(const Operand& a, const Operand& b, const TileGrid& grid, int64_t K, bool pairs, int threads, float* scratch,
-                   const Epilogue& epilogue) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (grid.count() > 1 && grid.M * grid.N * K > kWorthThreads)
+void for_each_tile(const Product& product, const TileGrid& grid, int threads, float* scratch, const Epilogue& epilogue) {
+  const int64_t stride = product.out != nullptr ? product.stride : kTileN;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (grid.count() > 1 && grid.M * grid.N * product.K > kWorthThreads)
   for (int64_t i = 0; i < grid.count(); ++i) {
     const Tile tile = tile_at(grid, i);
-    epilogue(tile, tile_product(a, b, tile, K, pairs, scratch + omp_get_thread_num() * kScratchFloats));
+    epilogue(tile, tile_product(product, tile, scratch + omp_get_thread_num() * kScratchFloats), stride);
   }
 }
 
