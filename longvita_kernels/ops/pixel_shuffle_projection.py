@@ -112,7 +112,7 @@ class _NativeCall:
     """The arguments that forward and backward share; keeps alive what they point to."""
 
     def __init__(self, x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, stats, z, act):
-        module, threads = native.load(), torch.get_num_threads()
+        threads = torch.get_num_threads()
         patches = x[:, 1:] if class_token else x
         vectors = [None if t is None else t.detach().to(torch.float32).contiguous() for t in (ln_weight, ln_bias, b1, b2)]
         scratch = _gemm.scratch()
