@@ -12,18 +12,18 @@ from longvita_kernels import pixel_shuffle_projection, testing
 from longvita_kernels.ops.pixel_shuffle_projection import SPEC
 from longvita_kernels.spec import SampleInput
 
-CHANNELS, HIDDEN = 1024, 5120  # InternViT-300M to Qwen2.5-14B
+CHANNELS, HIDDEN, OUT = 1024, 1024, 5120  # InternViT-300M, the projector's hidden layer, Qwen2.5-14B
 
 
-def _bare(x, w1, w2, backward):
+def _bare(x, w1, w2, grad, backward):
     """The products that no implementation avoids: two, or six with backward, on matrices that lie ready."""
-    shuffled = x[:, 1:].reshape(-1, 4 * CHANNELS)
-    hidden = torch.randn(shuffled.shape[0], HIDDEN).to(x.dtype)
+    shuffled, grad = x[:, 1:].reshape(-1, 4 * CHANNELS), grad.reshape(-1, OUT)
+    hidden = torch.randn(shuffled.shape[0], HIDDEN).to(x.dtype)  # stands for the activation and for the gradient of what it was made from
 
     def products():
         torch.mm(shuffled, w1.T), torch.mm(hidden, w2.T)
-        if backward:  # the gradients of both inputs and both weights; `hidden` stands for every (tokens, HIDDEN) matrix
-            torch.mm(hidden, w2), torch.mm(hidden.T, hidden), torch.mm(hidden, w1), torch.mm(hidden.T, shuffled)
+        if backward:
+            torch.mm(grad, w2), torch.mm(grad.T, hidden), torch.mm(hidden, w1), torch.mm(hidden.T, shuffled)
 
     return products
 
@@ -35,8 +35,8 @@ def _build(tiles, dtype, backward):
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
     x, w1 = normal(tiles, 1025, CHANNELS), normal(HIDDEN, 4 * CHANNELS, scale=(4 * CHANNELS) ** -0.5)
-    w2, ln_weight = normal(HIDDEN, HIDDEN, scale=HIDDEN**-0.5), 1 + normal(4 * CHANNELS, scale=0.1)
-    ln_bias, grad = normal(4 * CHANNELS, scale=0.1), normal(tiles, 256, HIDDEN)
+    w2, ln_weight = normal(OUT, HIDDEN, scale=HIDDEN**-0.5), 1 + normal(4 * CHANNELS, scale=0.1)
+    ln_bias, grad = normal(4 * CHANNELS, scale=0.1), normal(tiles, 256, OUT)
     inputs = (x, ln_weight, ln_bias, w1, w2)
     names = ("x", "ln_weight", "ln_bias", "w1", "w2") if backward else ()
     sample = SampleInput("timed", inputs, {}, names)
@@ -50,20 +50,20 @@ def _build(tiles, dtype, backward):
         calls = {name: gradients(function, inputs, grad) for name, function in functions.items()}
     else:
         calls = {name: functools.partial(function, *inputs) for name, function in functions.items()}
-    calls[f"bare {'six' if backward else 'two'} torch.mm"] = _bare(x, w1, w2, backward)
+    calls[f"bare {'six' if backward else 'two'} torch.mm"] = _bare(x, w1, w2, grad, backward)
     return Setup(calls=calls, check=check)
 
 
 def cases() -> Iterator[Case]:
     tiles = 12
     tokens = tiles * 256
-    forward = 2 * tokens * HIDDEN * (4 * CHANNELS + HIDDEN)
+    forward = 2 * tokens * HIDDEN * (4 * CHANNELS + OUT)
     for dtype in (torch.bfloat16, torch.float32):
         size = torch.finfo(dtype).bits // 8
-        moved = size * (tiles * 1025 * CHANNELS + HIDDEN * (4 * CHANNELS + HIDDEN) + tokens * HIDDEN)
+        moved = size * (tiles * 1025 * CHANNELS + HIDDEN * (4 * CHANNELS + OUT) + tokens * OUT)
         for direction, factor in (("forward", 1), ("forward + backward", 3)):
             yield Case(
-                op="pixel_shuffle_projection", label=f"{tiles} tiles, {4 * CHANNELS:,} → {HIDDEN:,} → {HIDDEN:,}", dtype=dtype,
+                op="pixel_shuffle_projection", label=f"{tiles} tiles, {4 * CHANNELS:,} → {HIDDEN:,} → {OUT:,}", dtype=dtype,
                 direction=direction, flops=factor * forward, bytes=moved * (1 if factor == 1 else 3), ceiling="mm",
                 build=functools.partial(_build, tiles, dtype, direction != "forward"),
             )  # fmt: skip

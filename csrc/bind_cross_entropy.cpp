@@ -80,6 +80,14 @@ void bind_cross_entropy(py::module_& m) {
   m.def("linear_cross_entropy_logit_bytes", [](int dtype, float softcap, bool recompute) {
     return cross_entropy_kernels().keeps_bf16(DType(dtype), softcap, recompute) ? 2 : 4;
   });
+  m.def("linear_cross_entropy_scale", [](uintptr_t values, int64_t count, float factor, int dtype, uintptr_t out, int threads) {
+    check(dtype >= 0 && dtype <= 2, "linear_cross_entropy: dtype must be float32, bfloat16 or float16");
+    check(threads > 0, "linear_cross_entropy: needs at least one thread");
+    const float* from = pointer<const float>(values, count, "values");
+    void* to = pointer<char>(out, count, "out");
+    py::gil_scoped_release release;
+    cross_entropy_kernels().scale(from, count, factor, DType(dtype), to, threads);
+  });
   m.def("linear_cross_entropy_run",
         [](int dtype, int64_t tokens, int64_t width, int64_t vocab, int64_t rows, uintptr_t hidden, int64_t hidden_stride, uintptr_t weight,
            int64_t weight_stride, uintptr_t index, uintptr_t labels, float softcap, uintptr_t statistics, int64_t chunk, uintptr_t partial,

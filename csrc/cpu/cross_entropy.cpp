@@ -231,8 +231,20 @@ void run(const CrossEntropyArgs& p) {
   }
 }
 
+// All threads, because the result is new memory: its first touch costs the system more than the product.
+void scale(const float* values, int64_t count, float factor, DType dtype, void* out, int threads) {
+  constexpr int64_t kPiece = 2048;
+#pragma omp parallel for num_threads(threads) schedule(static) if (count > kWorthThreads)
+  for (int64_t from = 0; from < count; from += kPiece) {
+    float buffer[kPiece];
+    const int64_t piece = count - from < kPiece ? count - from : kPiece;
+    for (int64_t i = 0; i < piece; ++i) buffer[i] = values[from + i] * factor;
+    narrow_row(buffer, piece, out, dtype, from);
+  }
+}
+
 }  // namespace
 
-extern const CrossEntropyKernels cross_entropy_kernels = {kTileN, &keeps_bf16, &run};
+extern const CrossEntropyKernels cross_entropy_kernels = {kTileN, &keeps_bf16, &run, &scale};
 
 }  // namespace longvita::LV_ISA

@@ -48,6 +48,8 @@ struct CrossEntropyKernels {
   int64_t block;                                      // columns of the vocabulary behind one entry of partial
   bool (*keeps_bf16)(DType dtype, float softcap, bool recompute);      // what logits are kept as between the products
   void (*run)(const CrossEntropyArgs&);
+  // out = values · factor, rounded once: the gradients of the loss into those of whatever it is part of.
+  void (*scale)(const float* values, int64_t count, float factor, DType dtype, void* out, int threads);
 };
 
 }  // namespace longvita

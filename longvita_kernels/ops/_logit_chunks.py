@@ -75,3 +75,12 @@ def run_native(hidden, weight, rows, labels, softcap, statistics, *, coefficient
         logits.data_ptr(), grads[0].data_ptr(), grads[1].data_ptr(),
     )  # fmt: skip
     return grads
+
+
+def scaled(values, factor, dtype):
+    """values (dense float32) · factor, rounded once to `dtype`; the product is never held in float32."""
+    out = torch.empty(values.shape, dtype=dtype)
+    native.load().linear_cross_entropy_scale(
+        values.data_ptr(), values.numel(), float(factor), native.dtype_code(dtype), out.data_ptr(), torch.get_num_threads()
+    )
+    return out

@@ -259,13 +259,12 @@ def _loss_grad_impl(grad, hidden, weight, rows, grad_rows, grad_weight, needs):
 
 
 def _scaled(values_NH, factor, dtype):
-    """values · factor, rounded once; in pieces, because the product in float32 would be a second gradient of weight."""
+    """values · factor, rounded once."""
     if values_NH.dtype == dtype:
         return values_NH * factor
-    out_NH, rows = values_NH.new_empty(values_NH.shape, dtype=dtype), max(1, (1 << 20) // max(values_NH.shape[1], 1))
-    for piece, into in zip(values_NH.split(rows), out_NH.split(rows), strict=True):
-        into.copy_(piece * factor)
-    return out_NH
+    if backends.choose("linear_cross_entropy", values_NH) == "native":
+        return _logit_chunks.scaled(values_NH, factor, dtype)
+    return (values_NH * factor).to(dtype)
 
 
 def _input_grads_fake(hidden, weight, needs):

@@ -138,29 +138,65 @@ void pack_panels(const RowSource& source, const Block& block, float* out, float*
   }
 }
 
+// ---------------------------------------------------------------------------------------------- reading ahead
+// A core that packs waits for memory most of the time, one that multiplies never does. So the rows that will be packed next are asked for
+// while the present block is multiplied: a few lines at each of kMr stages of each register tile, because few can be under way at a time.
+struct Ahead {
+  const RowSource* source;
+  int64_t row, end, col, bytes;       // rows still to ask for; the part of a row
+  int64_t lines, done = 0;            // lines at a stage; bytes of this row that were asked for
+  const char* from = nullptr;
+  const char* stage[kMr];             // where the lines of each stage begin, or null
+
+  Ahead(const Operand& operand, const Block& block, int64_t value_bytes, int64_t register_tiles) : source(&operand.source) {
+    row = operand.k_dense ? block.first : block.k0, end = row + (operand.k_dense ? block.count : block.depth);
+    col = operand.k_dense ? block.k0 : block.first, bytes = value_bytes * (operand.k_dense ? block.depth : block.count);
+    lines = ceil_div((end - row) * ceil_div(bytes, 64), register_tiles * kMr);
+  }
+  void plan_stages() {
+    for (int64_t i = 0; i < kMr; ++i) {
+      stage[i] = nullptr;
+      if (row >= end) continue;
+      if (done == 0) from = static_cast<const char*>(source->where(row, col));
+      if (from != nullptr) stage[i] = from + done;
+      done += lines * 64;
+      if (done >= bytes) done = 0, ++row;
+    }
+  }
+};
+LV_INLINE void ask(const Ahead& ahead, int64_t stage) {
+  if (ahead.stage[stage] == nullptr) return;
+  for (int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(ahead.stage[stage] + i * 64, 0, 2);
+}
+
 // ---------------------------------------------------------------------------------------------- register tile
 // c[rows, columns] (+)= a · b over `words` words. a: rows kLda apart (kRows) or a panel of kMr; b: a panel of kNr, of which kVectors count.
 template <class Path, bool kRows, int kVectors>
-void register_tile(int64_t words, const float* a, const float* b, float* c, int64_t stride, int64_t rows, int64_t columns, bool add) {
-  for (int64_t i = 0; i < rows; ++i) prefetch(c + i * stride, columns * 4);
+void register_tile(int64_t words, const float* a, const float* b, float* c, int64_t stride, int64_t rows, int64_t columns, bool add,
+                   const Ahead& ahead_a, const Ahead& ahead_b) {
   vf sum[kMr][kVectors];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kMr; ++i) {
 #pragma GCC unroll 3
     for (int64_t j = 0; j < kVectors; ++j) sum[i][j] = vf{};
   }
-  for (int64_t k = 0; k < words; ++k) {
-    vf bv[kVectors];
+  for (int64_t stage = 0, k = 0; stage < kMr; ++stage) {
+    if (stage < rows) prefetch(c + stage * stride, columns * 4);
+    ask(ahead_a, stage);
+    ask(ahead_b, stage);
+    for (const int64_t end = words * (stage + 1) / kMr; k < end; ++k) {
+      vf bv[kVectors];
 #pragma GCC unroll 3
-    for (int64_t j = 0; j < kVectors; ++j) bv[j] = load(b + j * W);
+      for (int64_t j = 0; j < kVectors; ++j) bv[j] = load(b + j * W);
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < kMr; ++i) {
-      const float av = kRows ? a[i * kLda] : a[i];
+      for (int64_t i = 0; i < kMr; ++i) {
+        const float av = kRows ? a[i * kLda] : a[i];
 #pragma GCC unroll 3
-      for (int64_t j = 0; j < kVectors; ++j) sum[i][j] = Path::multiply_add(sum[i][j], av, bv[j]);
+        for (int64_t j = 0; j < kVectors; ++j) sum[i][j] = Path::multiply_add(sum[i][j], av, bv[j]);
+      }
+      a += kRows ? 1 : kMr;
+      b += kNr;
     }
-    a += kRows ? 1 : kMr;
-    b += kNr;
   }
   if (rows == kMr && columns == kVectors * W) {
 #pragma GCC unroll 8
@@ -183,7 +219,8 @@ void register_tile(int64_t words, const float* a, const float* b, float* c, int6
 }
 
 template <class Path, bool kRows>
-void multiply_blocks(const Tile& tile, int64_t words, const float* a, const float* b, float* c, int64_t stride, bool add) {
+void multiply_blocks(const Tile& tile, int64_t words, const float* a, const float* b, float* c, int64_t stride, bool add, Ahead ahead_a,
+                     Ahead ahead_b) {
   constexpr auto* one = &register_tile<Path, kRows, 1>;
   constexpr auto* two = &register_tile<Path, kRows, 2>;
   constexpr auto* three = &register_tile<Path, kRows, 3>;
@@ -192,30 +229,39 @@ void multiply_blocks(const Tile& tile, int64_t words, const float* a, const floa
     auto* multiply = vectors == 3 ? three : vectors == 2 ? two : one;
     for (int64_t i = 0; i < tile.mt; i += kMr) {
       const float* rows = kRows ? a + i * kLda : a + i / kMr * kPanelA;
-      multiply(words, rows, b + j / kNr * kPanelB, c + i * stride + j, stride, at_most(tile.mt - i, kMr), columns, add);
+      ahead_a.plan_stages();
+      ahead_b.plan_stages();
+      multiply(words, rows, b + j / kNr * kPanelB, c + i * stride + j, stride, at_most(tile.mt - i, kMr), columns, add, ahead_a, ahead_b);
     }
   }
 }
 
 template <class Path>
-float* typed_product(const Product& p, const Tile& tile, float* scratch) {
+float* typed_product(const Product& p, const Tile& tile, const Tile& next, float* scratch) {
+  constexpr int64_t kDepth = kKc * Path::kDepth, kValueBytes = sizeof(typename Path::Value);
   float* packed_a = scratch;
   float* packed_b = packed_a + kWordsA;
   float* own = packed_b + kWordsB;
   float* buffers = own + kTileFloats;
-  const int64_t stride = p.out != nullptr ? p.stride : kTileN;
+  const int64_t stride = p.out != nullptr ? p.stride : kTileN, register_tiles = ceil_div(tile.mt, kMr) * ceil_div(tile.nt, kNr);
   float* c = p.out != nullptr ? p.out + tile.m0 * stride + tile.n0 : own;
+  const auto block = [&](int64_t first, int64_t count, int64_t k0) {
+    const int64_t depth = at_most(p.K - k0, kDepth);
+    return Block{first, count, k0, depth, ceil_div(depth, Path::kDepth)};
+  };
   for (int64_t i = 0; p.K == 0 && !p.add && i < tile.mt; ++i) std::memset(c + i * stride, 0, size_t(tile.nt) * 4);
-  for (int64_t k0 = 0; k0 < p.K; k0 += kKc * Path::kDepth) {
-    const int64_t depth = at_most(p.K - k0, kKc * Path::kDepth), words = ceil_div(depth, Path::kDepth);
-    const Block block_a = {tile.m0, tile.mt, k0, depth, words}, block_b = {tile.n0, tile.nt, k0, depth, words};
+  for (int64_t k0 = 0; k0 < p.K; k0 += kDepth) {
+    const Block block_a = block(tile.m0, tile.mt, k0), block_b = block(tile.n0, tile.nt, k0);
     if (p.a.k_dense) pack_rows<Path>(p.a.source, block_a, packed_a);
     else pack_panels<Path, kMr, kPanelA>(p.a.source, block_a, packed_a, buffers);
     if (p.b.k_dense) pack_transposed<Path>(p.b.source, block_b, packed_b, buffers);
     else pack_panels<Path, kNr, kPanelB>(p.b.source, block_b, packed_b, buffers);
-    const bool add = p.add || k0 > 0;
-    if (p.a.k_dense) multiply_blocks<Path, true>(tile, words, packed_a, packed_b, c, stride, add);
-    else multiply_blocks<Path, false>(tile, words, packed_a, packed_b, c, stride, add);
+    const bool add = p.add || k0 > 0, last = k0 + kDepth >= p.K;
+    const Block next_a = last ? block(next.m0, next.mt, 0) : block(tile.m0, tile.mt, k0 + kDepth);
+    const Block next_b = last ? block(next.n0, next.nt, 0) : block(tile.n0, tile.nt, k0 + kDepth);
+    const Ahead ahead_a(p.a, next_a, kValueBytes, register_tiles), ahead_b(p.b, next_b, kValueBytes, register_tiles);
+    if (p.a.k_dense) multiply_blocks<Path, true>(tile, block_a.words, packed_a, packed_b, c, stride, add, ahead_a, ahead_b);
+    else multiply_blocks<Path, false>(tile, block_a.words, packed_a, packed_b, c, stride, add, ahead_a, ahead_b);
   }
   return c;
 }
@@ -323,8 +369,8 @@ Tile tile_at(const TileGrid& grid, int64_t number) {
   return {m0, at_most(grid.M - m0, grid.tile_m), n0, at_most(grid.N - n0, grid.tile_n)};
 }
 
-float* tile_product(const Product& product, const Tile& tile, float* scratch) {
-  return kBf16Pairs && product.pairs ? typed_product<Pairs>(product, tile, scratch) : typed_product<Single>(product, tile, scratch);
+float* tile_product(const Product& product, const Tile& tile, const Tile& next, float* scratch) {
+  return kBf16Pairs && product.pairs ? typed_product<Pairs>(product, tile, next, scratch) : typed_product<Single>(product, tile, next, scratch);
 }
 
 void thin_product(const float* a, int64_t lda, int64_t rows, const void* b, DType dtype, int64_t ldb, int64_t n0, int64_t count, int64_t K,

@@ -100,7 +100,8 @@ struct Tile {
 Tile tile_at(const TileGrid& grid, int64_t number);
 
 // C[m0 : m0+mt, n0 : n0+nt] (+)= Σ_k A[m, k]·B[k, n]. scratch: kScratchFloats, 64-byte aligned. → the tile's first element.
-float* tile_product(const Product& product, const Tile& tile, float* scratch);
+// next: the tile that this thread is likely to be given next (of size 0: none).
+float* tile_product(const Product& product, const Tile& tile, const Tile& next, float* scratch);
 
 // The epilogues that several ops share: round a tile into a matrix of `columns` columns; leave it where it is.
 inline void narrow_tile(const Tile& tile, const float* c, int64_t stride, void* out, DType dtype, int64_t columns) {
@@ -114,8 +115,8 @@ void for_each_tile(const Product& product, const TileGrid& grid, int threads, fl
   const int64_t stride = product.out != nullptr ? product.stride : kTileN;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (grid.count() > 1 && grid.M * grid.N * product.K > kWorthThreads)
   for (int64_t i = 0; i < grid.count(); ++i) {
-    const Tile tile = tile_at(grid, i);
-    epilogue(tile, tile_product(product, tile, scratch + omp_get_thread_num() * kScratchFloats), stride);
+    const Tile tile = tile_at(grid, i), next = i + threads < grid.count() ? tile_at(grid, i + threads) : Tile{};
+    epilogue(tile, tile_product(product, tile, next, scratch + omp_get_thread_num() * kScratchFloats), stride);
   }
 }
 
