@@ -118,7 +118,6 @@ def _sizes(x, w1, w2, grid):
     return (tiles, *grid, channels, w1.shape[0], w2.shape[0]), tiles * (grid[0] // 2) * (grid[1] // 2)
 
 
-<<<<<<< HEAD
 def _native_arguments(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, stats, z, act, more=0):
     """(what forward and backward share, what it points to and must live as long). stats, z and act are addresses; with `more`, the first
     two lie in the scratch, behind which there are `more` floats for act."""
@@ -136,24 +135,6 @@ def _native_arguments(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, 
         native.dtype_code(x.dtype), sizes, first, (tile, patch), ln_weight, ln_bias, w1.data_ptr(), w1.stride(0), b1, w2.data_ptr(),
         w2.stride(0), b2, eps, stats, z, act, at + 4 * rows, at, threads,
     ), (vectors, scratch)  # fmt: skip
-=======
-class _NativeCall:
-    """The arguments that forward and backward share; keeps alive what they point to."""
-
-    def __init__(self, x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, stats, z, act):
-        threads = torch.get_num_threads()
-        patches = x[:, 1:] if class_token else x
-        vectors = [None if t is None else t.detach().to(torch.float32).contiguous() for t in (ln_weight, ln_bias, b1, b2)]
-        scratch = _gemm.scratch()
-        row_scratch = torch.empty(threads * 2 * 4 * x.shape[2], dtype=torch.float32)
-        self.alive = (patches, *vectors, scratch, row_scratch)
-        ln_weight, ln_bias, b1, b2 = (0 if t is None else t.data_ptr() for t in vectors)
-        self.arguments = (
-            native.dtype_code(x.dtype), _sizes(x, w1, w2, grid)[0], patches.data_ptr(), patches.stride()[:2], ln_weight, ln_bias,
-            w1.data_ptr(), w1.stride(0), b1, w2.data_ptr(), w2.stride(0), b2, eps, stats.data_ptr(), z.data_ptr(), act.data_ptr(),
-            scratch.data_ptr(), row_scratch.data_ptr(), threads,
-        )  # fmt: skip
->>>>>>> gemm
 
 
 def _vector(tensor):
