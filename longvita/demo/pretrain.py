@@ -63,28 +63,30 @@ def _fit(
     model: LongVita, part: str, extra: list[nn.Parameter], steps: int, loss_at: Callable[[int], Tensor], name: str, tell: Tell,
     goal: float = math.inf,
 ) -> None:  # fmt: skip
-    """`steps` steps, and at the last rate up to as many again while the mean loss of the last RECENT is above `goal`."""
+    """`steps` steps, and as many again, from the schedule's beginning, if the mean loss of the last RECENT is above `goal` then."""
     plan = recipe(steps, (part,))
     model.set_trainable(plan.trainable)
     optimizers = build_optimizers({part: model.part(part)}, plan, model.config.vision.num_layers)
     head = torch.optim.AdamW(extra, lr=plan.lr, weight_decay=0.0) if extra else None
     parameters = [*model.part(part).values(), *extra]
     seen = []
-    for step in range(1, 2 * steps + 1):
-        if step > steps and np.mean(seen[-RECENT:]) <= goal:
-            break
+    for step in range(1, 2 * steps + 1):  # counts on, for the batches
+        if step == steps + 1:
+            if np.mean(seen[-RECENT:]) <= goal:
+                break
+            tell(f"  {name}: not learned yet, once more")
         loss = loss_at(step)
         loss.backward()
         seen.append(loss.item())
         if not math.isfinite(seen[-1]):
             raise RuntimeError(f"{name}: the loss became {seen[-1]} at step {step}: start the demo again with another --seed")
         torch.nn.utils.clip_grad_norm_(parameters, plan.clip)
-        set_lr(optimizers, plan.lr_factor(step))
+        set_lr(optimizers, plan.lr_factor((step - 1) % steps + 1))
         for optimizer in [*optimizers, *([head] if head else [])]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if step % max(1, steps // 4) == 0:
-            tell(f"  {name}: step {step} of {steps}, loss {np.mean(seen[-RECENT:]):.3f}")
+            tell(f"  {name}: step {(step - 1) % steps + 1} of {steps}, loss {np.mean(seen[-RECENT:]):.3f}")
 
 
 # ---- vision ----
