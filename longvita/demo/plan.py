@@ -81,8 +81,8 @@ def make_plan(name: str, seed: int = 0) -> Plan:
 
 _SIZES = {
     "quick": dict(
-        minutes=4, long_lrs=(2e-4, 2e-4), vision_steps=200, list_steps=100, text_steps=250,
-        steps=(100, 220, 30, 30), contexts=(512, 512, 1024, 2048), batches=(2, 4, 2, 1), lengths=(512, 1024, 2048), questions=4, controls=8,
+        minutes=4, long_lrs=(3e-4, 2e-4), vision_steps=200, list_steps=100, text_steps=250,
+        steps=(100, 220, 60, 60), contexts=(512, 512, 1024, 2048), batches=(2, 4, 2, 1), lengths=(512, 1024, 2048), questions=4, controls=8,
     ),
     "default": dict(
         minutes=15, long_lrs=(1e-3, 4e-4), vision_steps=300, list_steps=200, text_steps=420,
