@@ -5,10 +5,12 @@ import json
 
 import pytest
 
-from longvita import cli
+from longvita import cli, presets
+from longvita.demo import pretrain
 from longvita.demo import run as demo_run
 from longvita.demo.plan import make_plan
 from longvita.demo.run import Demo
+from longvita.model.long_vita import LongVita
 from longvita.train import trainer
 
 
@@ -80,6 +82,21 @@ def test_stages_train_what_they_should(finished):
     assert changed and all(name.startswith("model.vision_projection.") for name in changed)
     assert any((first[n] != second[n]).any() for n in first if n.startswith("model.vision_model."))
     assert not any((second[n] != third[n]).any() for n in second if n.startswith("model.vision_model."))
+
+
+@pytest.mark.parametrize(("recalls_after", "steps"), [(4, 4), (5, 8), (99, 8)])
+def test_pretraining_goes_on_until_the_decoder_recalls(recalls_after, steps, monkeypatch):
+    """The planned steps, and once more if it does not recall by then."""
+    monkeypatch.setattr(pretrain, "RECENT", 1)
+    model = LongVita(presets["tiny"]).init_weights(0)
+    asked = []
+
+    def loss_at(step):
+        asked.append(step)
+        return model.head_weight.sum() * 0 + (1.0 if step < recalls_after else 0.01)
+
+    pretrain._fit(model, "text", [], 4, loss_at, "decoder", lambda line: None, goal=0.1)
+    assert asked == list(range(1, steps + 1))
 
 
 def test_repeating_the_command_trains_and_measures_nothing_again(finished, monkeypatch):
