@@ -89,7 +89,7 @@ _SIZES = {
         steps=(80, 200, 75, 150), contexts=(512, 512, 2048, 8192), batches=(4, 8, 4, 1), lengths=(1024, 2048, 4096, 8192), controls=8,
     ),
     "full": dict(
-        minutes=35, long_lrs=(1e-3, 4e-4), vision_steps=500, list_steps=300, text_steps=500,
+        minutes=35, long_lrs=(1e-3, 1e-3), vision_steps=500, list_steps=300, text_steps=500,
         steps=(200, 400, 150, 240), contexts=(512, 512, 2048, 8192), batches=(4, 8, 4, 1), lengths=(1024, 2048, 4096, 8192), questions=20,
         controls=16,
     ),
