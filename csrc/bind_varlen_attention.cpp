@@ -56,7 +56,8 @@ struct VarlenProblem : AttentionProblem {
 // Visible (row, key) pairs of query positions [i0, i1), about: from the middle position.
 int64_t area(const AttentionProblem& p, int64_t queries, int64_t keys, int64_t i0, int64_t i1) {
   const int64_t aligned = (i0 + i1) / 2 + keys - queries;
-  const int64_t low = p.left < 0 ? 0 : std::max<int64_t>(0, aligned - p.left), high = p.right < 0 ? keys : std::min(keys, aligned + p.right + 1);
+  const int64_t low = p.left < 0 ? 0 : std::max<int64_t>(0, aligned - p.left);
+  const int64_t high = p.right < 0 ? keys : std::min(keys, aligned + p.right + 1);
   return (i1 - i0) * p.group() * std::max<int64_t>(high - low, 1) + 1;
 }
 
@@ -115,7 +116,8 @@ class Planner {
     const int64_t partition = partition_of(keys);
     for (int64_t i = 0; i < pieces; ++i) {
       const int64_t low = i * partition - (keys - queries), high = low + partition;      // positions aligned with these keys
-      const int64_t first = p_.right < 0 ? 0 : std::max<int64_t>(0, low - p_.right), last = p_.left < 0 ? queries : std::min(queries, high + p_.left);
+      const int64_t first = p_.right < 0 ? 0 : std::max<int64_t>(0, low - p_.right);
+      const int64_t last = p_.left < 0 ? queries : std::min(queries, high + p_.left);
       tasks.push_back({unit, unit + 1, i, counters, std::max<int64_t>(1, last - first) * p_.group() * partition});
     }
     for (size_t i = tasks.size() - 1; i > start; --i) tasks[i - 1].cost = std::max(tasks[i - 1].cost, tasks[i].cost);
@@ -161,8 +163,8 @@ void forward(const VarlenProblem& p, uintptr_t out, uintptr_t lse, uintptr_t lse
 }
 
 void backward(const VarlenProblem& p, uintptr_t out, Strides out_stride, uintptr_t lse, uintptr_t lse_rest,
-              std::array<int64_t, 2> lse_stride, uintptr_t grad_out, Strides grad_out_stride, uintptr_t grad_lse, std::array<int64_t, 2> grad_lse_stride, std::array<uintptr_t, 3> grads,
-              std::array<bool, 3> needs, uintptr_t buffer, int64_t size) {
+              std::array<int64_t, 2> lse_stride, uintptr_t grad_out, Strides grad_out_stride, uintptr_t grad_lse,
+              std::array<int64_t, 2> grad_lse_stride, std::array<uintptr_t, 3> grads, std::array<bool, 3> needs, uintptr_t buffer, int64_t size) {
   check_scratch(p, true, size);
   const AttentionTiles t = attention_kernels().tiles(p, true);
   AttentionBackward b;

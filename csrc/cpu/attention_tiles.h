@@ -109,27 +109,6 @@ void product(int64_t vectors, int64_t n, int64_t units, const typename Op::unit*
   }
 }
 
-// ---------------------------------------------------------------------------------------------------- transposition
-template <int H>
-LV_INLINE void transpose_step(vf* r) {
-  const Butterfly pick = butterfly<H>();
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) {
-    if ((i & H) == 0) {
-      const vf a = r[i], b = r[i + H];
-      r[i] = __builtin_shuffle(a, b, pick.low);
-      r[i + H] = __builtin_shuffle(a, b, pick.high);
-    }
-  }
-}
-
-LV_INLINE void transpose(vf* r) {      // W × W
-  if constexpr (W >= 16) transpose_step<8>(r);
-  if constexpr (W >= 8) transpose_step<4>(r);
-  transpose_step<2>(r);
-  transpose_step<1>(r);
-}
-
 // ---------------------------------------------------------------------------------------------------- problem geometry
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 

@@ -205,19 +205,22 @@ LV_INLINE float hsum(vf v) {      // pairwise, so that the order does not depend
   }
   return x[0];
 }
-// What a butterfly of distance H takes from two vectors: __builtin_shuffle(a, b, low) keeps a where bit H of the lane is clear and moves b
-// there where it is set; high takes the other halves of both.
-struct Butterfly {
+// W × W words in place, in log2(W) rounds: a round of distance H swaps the lanes with bit H set of x[i] with those without it of x[i + H].
+template <int H = W / 2>
+LV_INLINE void transpose(vf* x) {
   vi low, high;
-};
-template <int H>
-LV_INLINE Butterfly butterfly() {
-  Butterfly out;
   for (int l = 0; l < W; ++l) {
-    out.low[l] = (l & H) == 0 ? l : W + l - H;
-    out.high[l] = (l & H) == 0 ? l + H : W + l;
+    low[l] = (l & H) == 0 ? l : W + l - H;
+    high[l] = (l & H) == 0 ? l + H : W + l;
   }
-  return out;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if ((i & H) != 0) continue;
+    const vf a = x[i], b = x[i + H];
+    x[i] = __builtin_shuffle(a, b, low);
+    x[i + H] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (H > 1) transpose<H / 2>(x);
 }
 
 // Lane i: op over the lanes of x[i], for W vectors at once: fold<W, W / 2>(x, op); overwrites x. A third of the instructions of W times

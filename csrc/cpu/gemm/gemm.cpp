@@ -55,19 +55,6 @@ void pack_rows(const RowSource& source, const Block& block, float* out) {
   for (int64_t i = block.count; i % kMr != 0; ++i, out += kLda) std::memset(out, 0, size_t(block.words) * 4);
 }
 
-template <int H = W / 2>
-LV_INLINE void transpose(vf* x) {
-  const Butterfly pick = butterfly<H>();
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) {
-    if ((i & H) != 0) continue;
-    const vf a = x[i], b = x[i + H];
-    x[i] = __builtin_shuffle(a, b, pick.low);
-    x[i + H] = __builtin_shuffle(a, b, pick.high);
-  }
-  if constexpr (H > 1) transpose<H / 2>(x);
-}
-
 // Rows run along k: into panels of kNr columns, W × W words at a time.
 template <class Path>
 void pack_transposed(const RowSource& source, const Block& block, float* out, float* buffers) {
