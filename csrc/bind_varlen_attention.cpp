@@ -73,7 +73,8 @@ class Planner {
     // the lower bound: some 20 µs of work, below which waking a thread costs more than it brings
     enough_ = std::max((int64_t(1) << 17) / p.dim(), std::min((int64_t(1) << 22) / p.dim(), total / (4 * p.threads) + 1));
     each_unit([&](int64_t unit, int64_t queries, int64_t keys) {
-      const int64_t pieces = backward ? (keys + t.partition - 1) / t.partition : (queries * p.group() + t.query_rows - 1) / t.query_rows;
+      const int64_t all = backward ? keys : queries * p.group(), each = backward ? partition_of(keys) : t.query_rows;
+      const int64_t pieces = (all + each - 1) / each;
       if (pieces <= 1) gather(unit, area(p, queries, keys, 0, queries) + keys);
       else if (backward) cut_keys(unit, queries, keys, pieces);
       else cut_rows(unit, queries, keys, pieces);
@@ -111,10 +112,11 @@ class Planner {
   void cut_keys(int64_t unit, int64_t queries, int64_t keys, int64_t pieces) {
     flush();
     const size_t start = tasks.size();
+    const int64_t partition = partition_of(keys);
     for (int64_t i = 0; i < pieces; ++i) {
-      const int64_t low = i * t_.partition - (keys - queries), high = low + t_.partition;      // positions aligned with these keys
+      const int64_t low = i * partition - (keys - queries), high = low + partition;      // positions aligned with these keys
       const int64_t first = p_.right < 0 ? 0 : std::max<int64_t>(0, low - p_.right), last = p_.left < 0 ? queries : std::min(queries, high + p_.left);
-      tasks.push_back({unit, unit + 1, i, counters, std::max<int64_t>(1, last - first) * p_.group() * t_.partition});
+      tasks.push_back({unit, unit + 1, i, counters, std::max<int64_t>(1, last - first) * p_.group() * partition});
     }
     for (size_t i = tasks.size() - 1; i > start; --i) tasks[i - 1].cost = std::max(tasks[i - 1].cost, tasks[i].cost);
     counters += (queries * p_.group() + t_.query_rows - 1) / t_.query_rows;
@@ -127,17 +129,16 @@ class Planner {
 };
 
 // fp32 sums for grad_q beside grad_q itself: only where that is 16 bits wide and some document has more than one partition.
-int64_t partial_floats(const VarlenProblem& p, const AttentionTiles& t) {
+int64_t partial_floats(const VarlenProblem& p) {
   if (p.dtype == DType::f32) return 0;
   for (int64_t d = 0; d < p.docs; ++d) {
-    if (p.cu_k[d + 1] - p.cu_k[d] > t.partition) return p.q.tokens * p.q.heads * p.q.dim;
+    if (const int64_t keys = p.cu_k[d + 1] - p.cu_k[d]; keys > partition_of(keys)) return p.q.tokens * p.q.heads * p.q.dim;
   }
   return 0;
 }
 
 int64_t scratch(const VarlenProblem& p, bool backward) {
-  const AttentionTiles t = attention_kernels().tiles(p);
-  return backward ? p.threads * t.backward_scratch + partial_floats(p, t) : p.threads * t.forward_scratch;
+  return p.threads * attention_kernels().tiles(p, backward).scratch + (backward ? partial_floats(p) : 0);
 }
 
 void check_scratch(const VarlenProblem& p, bool backward, int64_t size) {
@@ -146,7 +147,7 @@ void check_scratch(const VarlenProblem& p, bool backward, int64_t size) {
 
 void forward(const VarlenProblem& p, uintptr_t out, uintptr_t lse, uintptr_t lse_rest, uintptr_t buffer, int64_t size) {
   check_scratch(p, false, size);
-  const AttentionTiles t = attention_kernels().tiles(p);
+  const AttentionTiles t = attention_kernels().tiles(p, false);
   py::gil_scoped_release release;
   const Planner plan(p, t, false);
   AttentionForward f;
@@ -155,7 +156,7 @@ void forward(const VarlenProblem& p, uintptr_t out, uintptr_t lse, uintptr_t lse
   f.lse = pointer<float>(lse, p.q.tokens * p.q.heads, "lse");
   f.lse_rest = pointer<float>(lse_rest, p.q.tokens * p.q.heads, "lse_rest");
   f.tasks = plan.tasks.data(), f.n_tasks = int64_t(plan.tasks.size());
-  f.scratch = pointer<float>(buffer, size, "scratch"), f.scratch_per_thread = t.forward_scratch;
+  f.scratch = pointer<float>(buffer, size, "scratch"), f.scratch_per_thread = t.scratch;
   attention_kernels().forward(f);
 }
 
@@ -163,7 +164,7 @@ void backward(const VarlenProblem& p, uintptr_t out, Strides out_stride, uintptr
               std::array<int64_t, 2> lse_stride, uintptr_t grad_out, Strides grad_out_stride, uintptr_t grad_lse, std::array<int64_t, 2> grad_lse_stride, std::array<uintptr_t, 3> grads,
               std::array<bool, 3> needs, uintptr_t buffer, int64_t size) {
   check_scratch(p, true, size);
-  const AttentionTiles t = attention_kernels().tiles(p);
+  const AttentionTiles t = attention_kernels().tiles(p, true);
   AttentionBackward b;
   b.p = p;
   const Sizes q_size = {p.q.tokens, p.q.heads, p.q.dim};
@@ -177,13 +178,13 @@ void backward(const VarlenProblem& p, uintptr_t out, Strides out_stride, uintptr
   if (needs[0]) b.grad_q = pointer<char>(grads[0], rows * p.q.dim, "grad_q");
   if (needs[1]) b.grad_k = pointer<char>(grads[1], p.k.tokens * p.k.heads * p.k.dim, "grad_k");
   if (needs[2]) b.grad_v = pointer<char>(grads[2], p.k.tokens * p.k.heads * p.k.dim, "grad_v");
-  b.scratch = pointer<float>(buffer, size, "scratch"), b.scratch_per_thread = t.backward_scratch;
+  b.scratch = pointer<float>(buffer, size, "scratch"), b.scratch_per_thread = t.scratch;
   py::gil_scoped_release release;
   const Planner plan(p, t, true);
   std::vector<int32_t> progress(size_t(plan.counters), 0);
   b.tasks = plan.tasks.data(), b.n_tasks = int64_t(plan.tasks.size());
   b.progress = progress.data();
-  b.partial = p.dtype == DType::f32 ? reinterpret_cast<float*>(b.grad_q) : b.scratch + p.threads * t.backward_scratch;
+  b.partial = p.dtype == DType::f32 ? reinterpret_cast<float*>(b.grad_q) : b.scratch + p.threads * t.scratch;
   attention_kernels().backward(b);
 }
 

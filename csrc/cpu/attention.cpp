@@ -8,23 +8,42 @@
 namespace longvita::LV_ISA {
 namespace {
 
-// Sizes by head dimension, so that what is used over and over stays in a 32 KB L1 and half of a 1 MB L2.
-int64_t panels_of(int64_t dim) { return std::clamp<int64_t>(32768 / (dim * kLanes), 2, 8); }
-int64_t forward_keys(int64_t dim) { return std::clamp<int64_t>(8192 / dim / 32 * 32, 64, 128); }
-int64_t partition_of(int64_t dim) { return std::clamp<int64_t>(32768 / dim / 64 * 64, 128, 1024); }
-constexpr int64_t kBackwardKeys = 64;
+// Sizes by head dimension. What a query block holds stays in half of a 1 MB L2 while the keys pass; a block of K or V is 16 to 32 KB of L1
+// or L2, and larger blocks mean fewer passes over the sums.
+constexpr int64_t kBlockFloats = 9 << 14;
+constexpr int64_t kBackwardKeys = 64, kBackwardPanels = 8;
+int64_t forward_keys(int64_t dim) { return std::clamp<int64_t>(16384 / dim / 32 * 32, 64, 128); }
 
-AttentionTiles tiles(const AttentionProblem& p) {
+// Fewer panels where there are fewer than eight blocks a thread. (No bit depends on how panels are grouped into blocks.)
+template <class Op>
+int64_t forward_panels(const AttentionProblem& p) {
+  const int64_t fit = kBlockFloats / (p.dim() * kLanes * (1 + Op::kPer) / Op::kPer);
+  const int64_t share = p.q.tokens * p.q.heads / (kLanes * 8 * int64_t(p.threads));
+  return std::clamp<int64_t>(std::min(fit, share), 2, kMaxPanels);
+}
+template <class Op>
+int64_t backward_panels(int64_t dim) {
+  return std::clamp<int64_t>(kBlockFloats / (dim * kLanes * (4 + Op::kPer) / Op::kPer), 2, kBackwardPanels);
+}
+
+template <class Op>
+ForwardScratch<Op> forward_scratch(const AttentionProblem& p, Arena& arena) {
+  return {arena, forward_panels<Op>(p), even_piece(forward_keys(p.dim()) * 3 / 2, 1 << 20), p.dim()};
+}
+template <class Op>
+BackwardScratch<Op> backward_scratch(const AttentionProblem& p, Arena& arena) {
+  int64_t partition = 0;
+  for (int64_t d = 0; d < p.docs; ++d) partition = std::max(partition, partition_of(p.cu_k[d + 1] - p.cu_k[d]));
+  return {arena, backward_panels<Op>(p.dim()), partition, kBackwardKeys * 3 / 2, p.dim()};
+}
+
+AttentionTiles tiles(const AttentionProblem& p, bool backward) {
   AttentionTiles out{};
-  const int64_t dim = p.dim(), panels = panels_of(dim);
-  out.query_rows = panels * kLanes;
-  out.partition = partition_of(dim);
   with_operands(p.dtype, [&](auto op, auto) {
     using Op = decltype(op);
-    Arena forward{nullptr}, backward{nullptr};
-    ForwardScratch<Op> f(forward, panels, forward_keys(dim), dim);
-    BackwardScratch<Op> b(backward, panels, out.partition, kBackwardKeys, dim);
-    out.forward_scratch = forward.used, out.backward_scratch = backward.used;
+    Arena arena{nullptr};
+    out.query_rows = kLanes * (backward ? backward_scratch<Op>(p, arena).panels : forward_scratch<Op>(p, arena).panels);
+    out.scratch = arena.used;
   });
   return out;
 }
@@ -41,32 +60,32 @@ void for_each_task(const AttentionTask* tasks, int64_t n, int threads, F f) {
 }
 
 void forward(const AttentionForward& f) {
-  const int64_t dim = f.p.dim(), panels = panels_of(dim), block = panels * kLanes;
   with_operands(f.p.dtype, [&](auto op, auto element) {
     using Op = decltype(op);
     using T = decltype(element);
     for_each_task(f.tasks, f.n_tasks, f.p.threads, [&](const AttentionTask& task, int thread) {
       Arena arena{f.scratch + thread * f.scratch_per_thread};
-      const ForwardScratch<Op> scratch(arena, panels, forward_keys(dim), dim);
+      const ForwardScratch<Op> scratch = forward_scratch<Op>(f.p, arena);
+      const int64_t block = scratch.panels * kLanes, row = task.piece * block;
       for (int64_t unit = task.unit0; unit < task.unit1; ++unit) {
         const Unit u = unit_of(f.p, unit);
-        const int64_t row = task.piece * block;
-        forward_block<Op, T>(f, u, row, std::min(row + block, u.rows()), scratch);
+        forward_block<Op, T>(f, u, row, std::min(row + block, u.rows()), even_piece(u.keys(), forward_keys(f.p.dim())), scratch);
       }
     });
   });
 }
 
 void backward(const AttentionBackward& b) {
-  const int64_t dim = b.p.dim(), panels = panels_of(dim);
   with_operands(b.p.dtype, [&](auto op, auto element) {
     using Op = decltype(op);
     using T = decltype(element);
+    Arena measure{nullptr};
+    const BackwardScratch<Op> sizes = backward_scratch<Op>(b.p, measure);
     for_each_task(b.tasks, b.n_tasks, b.p.threads, [&](const AttentionTask& task, int thread) {
       Arena arena{b.scratch + thread * b.scratch_per_thread};
-      const BackwardScratch<Op> scratch(arena, panels, partition_of(dim), kBackwardKeys, dim);
+      const BackwardScratch<Op> scratch(arena, sizes.panels, sizes.partition, sizes.keys, sizes.dim);
       for (int64_t unit = task.unit0; unit < task.unit1; ++unit) {
-        backward_partition<Op, T>(b, unit_of(b.p, unit), task.piece, b.progress + task.progress, scratch);
+        backward_partition<Op, T>(b, unit_of(b.p, unit), task.piece, b.progress + task.progress, kBackwardKeys, scratch);
       }
     });
   });

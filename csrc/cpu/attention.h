@@ -1,5 +1,6 @@
 // Packed attention: the problem as the binding hands it over, the tasks it is cut into, the kernels' entry points.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "longvita/dtype.h"
@@ -23,13 +24,21 @@ struct AttentionProblem {
   int64_t group() const { return q.heads / k.heads; }
 };
 
-// How the active instruction set cuts the problem. Query rows: (position, head of the group), position-major.
+// How the active instruction set cuts one direction of the problem. Query rows: (position, head of the group), position-major.
 struct AttentionTiles {
   int64_t query_rows;          // rows of one query block
-  int64_t partition;           // keys of one backward task
-  int64_t forward_scratch;     // floats per thread
-  int64_t backward_scratch;
+  int64_t scratch;             // floats per thread
 };
+
+// Length of the pieces, about `target` each, that `keys` are cut into: all alike but the last, so that none is left with a handful.
+inline int64_t even_piece(int64_t keys, int64_t target) {
+  const int64_t pieces = std::max<int64_t>(1, (keys + target / 2) / target);
+  return std::max<int64_t>(16, (keys + pieces * 16 - 1) / (pieces * 16) * 16);
+}
+
+// Keys of one backward task: long enough that loading the query blocks anew for each partition costs little, at least four to a long
+// document. It follows from the document alone, as the sums in dq do.
+inline int64_t partition_of(int64_t keys) { return even_piece(keys, std::clamp<int64_t>(keys / 4, 256, 1024)); }
 
 // Piece `piece` (forward: query block, backward: key partition) of every unit in [unit0, unit1); unit = document * kv_heads + KV head.
 struct AttentionTask {
@@ -45,7 +54,7 @@ struct AttentionForward {
   float* lse_rest = nullptr;     // likewise: what rounding took from lse
   const AttentionTask* tasks = nullptr;
   int64_t n_tasks = 0;
-  float* scratch = nullptr;      // threads * forward_scratch
+  float* scratch = nullptr;      // threads * tiles.scratch
   int64_t scratch_per_thread = 0;
 };
 
@@ -66,7 +75,7 @@ struct AttentionBackward {
 };
 
 struct AttentionKernels {
-  AttentionTiles (*tiles)(const AttentionProblem&);
+  AttentionTiles (*tiles)(const AttentionProblem&, bool backward);
   void (*forward)(const AttentionForward&);
   void (*backward)(const AttentionBackward&);
 };

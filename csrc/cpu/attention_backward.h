@@ -162,9 +162,9 @@ void backward_panel(const BackwardScratch<Op>& s, const Panel& panel, int64_t in
                     const Scaling& scaling, Wanted want) {
   const int64_t rows = span.end - span.begin, panel_size = s.ld * kLanes, key = base + span.begin;
   product<Op, true>(panel.vectors, rows, s.ld, s.q + index * panel_size, kLanes, s.k + key * s.ld, s.ld, s.scores + span.begin * kLanes,
-                    kLanes, false);
+                    kLanes, Into::replace);
   product<Op, true>(panel.vectors, rows, s.ld, s.g + index * panel_size, kLanes, s.v + key * s.ld, s.ld, s.grads + span.begin * kLanes,
-                    kLanes, false);
+                    kLanes, Into::replace);
   for (int v = 0; v < panel.vectors; ++v) {
     const int64_t lane = index * kLanes + v * W;
     const vf lse = load(s.lse + lane), rest = load(s.lse_rest + lane), delta = load(s.delta + lane);
@@ -176,14 +176,14 @@ void backward_panel(const BackwardScratch<Op>& s, const Panel& panel, int64_t in
   }
   if (want.q) {
     product<Op, false>(panel.vectors, s.dim, rows / Op::kPer, s.ds_lanes + span.begin / Op::kPer * kLanes, kLanes,
-                       s.k_summed + key / Op::kPer * s.dim, s.dim, s.grad_q + index * s.dim * kLanes, kLanes, true);
+                       s.k_summed + key / Op::kPer * s.dim, s.dim, s.grad_q + index * s.dim * kLanes, kLanes, Into::add);
   }
   if (want.kv) {
     const int64_t columns = kLanes / Op::kPer, size = index * columns * s.wide, summed = round_up(panel.rows, 2) / Op::kPer;
     product<Op, true>(s.wide / W, rows, summed, s.g_rows + size, s.wide, s.p_rows + span.begin * columns, columns,
-                      s.grad_v + key * s.wide, s.wide, true);
+                      s.grad_v + key * s.wide, s.wide, Into::add);
     product<Op, true>(s.wide / W, rows, summed, s.q_rows + size, s.wide, s.ds_rows + span.begin * columns, columns,
-                      s.grad_k + key * s.wide, s.wide, true);
+                      s.grad_k + key * s.wide, s.wide, Into::add);
   }
 }
 
@@ -230,26 +230,28 @@ inline void wait_for(const int32_t* progress, int32_t value) {
   }
 }
 
-// Partition `part` of the keys of one unit, against all its query blocks.
+// Partition `part` of the keys of one unit, about `keys` at a time, against all its query blocks.
 template <class Op, class T>
-void backward_partition(const AttentionBackward& b, const Unit& u, int64_t part, int32_t* progress, const BackwardScratch<Op>& s) {
+void backward_partition(const AttentionBackward& b, const Unit& u, int64_t part, int32_t* progress, int64_t keys,
+                        const BackwardScratch<Op>& s) {
   const Scaling scaling = scaling_of(b.p);
   const Wanted want = {b.grad_q != nullptr, b.grad_k != nullptr || b.grad_v != nullptr};
-  const int64_t block = s.panels * kLanes, key_begin = part * s.partition, key_count = std::min(s.partition, u.keys() - key_begin);
-  constexpr int kMaxPanels = 32;
+  const int64_t partition = partition_of(u.keys()), key_begin = part * partition, key_count = std::min(partition, u.keys() - key_begin);
+  const int64_t block = s.panels * kLanes;
+  keys = even_piece(key_count, keys);
   Panel panels[kMaxPanels];
   load_partition<Op, T>(b, u, key_begin, key_count, s, want);
   for (int64_t i = (u.rows() + block - 1) / block - 1; i >= 0; --i) {
     const int64_t row_begin = i * block, row_end = std::min(u.rows(), row_begin + block);
     // what the block sees; limits grow with the position
     const int64_t low = limits_of(b.p, u, row_begin / u.group).low, high = limits_of(b.p, u, (row_end - 1) / u.group).high;
-    const int64_t first = high == 0 ? 0 : low / s.partition, last = high == 0 ? 0 : (high - 1) / s.partition;
+    const int64_t first = high == 0 ? 0 : low / partition, last = high == 0 ? 0 : (high - 1) / partition;
     if (part < first || part > last) continue;
     int count = 0;
     for (int64_t row = row_begin; row < row_end; row += kLanes, ++count) panels[count] = load_panel<Op, T>(b, u, row, count, s, want);
-    for (int64_t base = 0; base < key_count; base += s.keys) {
+    for (int64_t base = 0; base < key_count; base += keys) {
       for (int p = 0; p < count; ++p) {
-        const Span span = span_of(panels[p], key_begin + base, std::min(s.keys, key_count - base));
+        const Span span = span_of(panels[p], key_begin + base, std::min(keys, key_count - base));
         if (!span.empty()) backward_panel<Op>(s, panels[p], p, key_begin + base, base, span, scaling, want);
       }
     }

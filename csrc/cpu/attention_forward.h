@@ -85,10 +85,10 @@ void forward_panel(const ForwardScratch<Op>& s, const Panel& panel, int64_t inde
   using unit = typename Op::unit;
   const int64_t rows = span.end - span.begin;
   float* scores = s.scores + span.begin * kLanes;
-  product<Op, true>(panel.vectors, rows, s.ld, s.q + index * s.ld * kLanes, kLanes, s.k + span.begin * s.ld, s.ld, scores, kLanes, false);
+  product<Op, true>(panel.vectors, rows, s.ld, s.q + index * s.ld * kLanes, kLanes, s.k + span.begin * s.ld, s.ld, scores, kLanes,
+                    Into::replace);
   cap_and_mask(panel, span, key0, scaling, s.low + index * kLanes, s.high + index * kLanes, s.scores);
 
-  bool rescale = false;
   for (int v = 0; v < panel.vectors; ++v) {
     float *top_p = s.top + index * kLanes + v * W, *sum_p = s.sum + index * kLanes + v * W, *x = scores + v * W;
     vf peak = load(x), other = load(x + kLanes);
@@ -101,17 +101,10 @@ void forward_panel(const ForwardScratch<Op>& s, const Panel& panel, int64_t inde
     store(sum_p, first ? sum : load(sum_p) * factor + sum);
     store(top_p, top);
     store(s.factor + v * W, factor);
-    const vi changed = (vi)(factor != 1.0f);
-    for (int i = 0; i < W; ++i) rescale |= changed[i] != 0;
-  }
-  float* out = s.out + index * s.dim * kLanes;
-  if (!first && rescale) {
-    for (int64_t d = 0; d < s.dim; ++d) {
-      for (int v = 0; v < panel.vectors; ++v) store(out + d * kLanes + v * W, load(out + d * kLanes + v * W) * load(s.factor + v * W));
-    }
   }
   product<Op, false>(panel.vectors, s.dim, rows / Op::kPer, reinterpret_cast<const unit*>(scores), kLanes,
-                     s.v + span.begin / Op::kPer * s.dim, s.dim, out, kLanes, !first);
+                     s.v + span.begin / Op::kPer * s.dim, s.dim, s.out + index * s.dim * kLanes, kLanes,
+                     first ? Into::replace : Into::rescale, s.factor);
 }
 
 // lse + rest = ln 2 · (top · (exponent + rest) + log2(sum)), in double: the backward lives on its last bits.
@@ -153,11 +146,10 @@ void finish_panel(const AttentionForward& f, const Panel& panel, const Scaling& 
 }
 
 template <class Op, class T>
-void forward_block(const AttentionForward& f, const Unit& u, int64_t row_begin, int64_t row_end, const ForwardScratch<Op>& s) {
+void forward_block(const AttentionForward& f, const Unit& u, int64_t row_begin, int64_t row_end, int64_t block, const ForwardScratch<Op>& s) {
   const AttentionProblem& p = f.p;
   const int64_t dim = p.dim();
   const Scaling scaling = scaling_of(p);
-  constexpr int kMaxPanels = 32;
   Panel panels[kMaxPanels];
   bool first[kMaxPanels];
   int count = 0;
@@ -172,8 +164,9 @@ void forward_block(const AttentionForward& f, const Unit& u, int64_t row_begin, 
   const auto key_row = [&](const Rows3& x, int64_t n) {
     return reinterpret_cast<const T*>(x.data) + (u.k0 + n) * x.stride_token + u.head * x.stride_head;
   };
-  for (int64_t key0 = key_begin / kBroadcast * kBroadcast; key0 < key_end; key0 += s.keys) {
-    const int64_t keys = std::min(s.keys, key_end - key0), padded = round_up(keys, kBroadcast);
+  // Key blocks begin at multiples of their length in the document: the order of a row's sums must not depend on the rows beside it.
+  for (int64_t key0 = key_begin / block * block; key0 < key_end; key0 += block) {
+    const int64_t keys = std::min(block, key_end - key0), padded = round_up(keys, kBroadcast);
     pack_rows<Op, T>(keys, padded, dim, [&](int64_t n) { return key_row(p.k, key0 + n); }, s.k, s.ld);
     pack_summed<Op, T>(keys, padded, dim, [&](int64_t n) { return key_row(p.v, key0 + n); }, s.v, dim);
     for (int i = 0; i < count; ++i) {

@@ -17,6 +17,7 @@ namespace longvita::LV_ISA {
 constexpr int kVectors = 3;                       // register tile: 3 vectors of lanes × kBroadcast values
 constexpr int kBroadcast = W == 16 ? 8 : 4;       // 12 of 16 registers accumulate, 24 of 32 with AVX-512
 constexpr int kLanes = kVectors * W;
+constexpr int kMaxPanels = 16;                    // of one query block
 
 struct Floats {
   using unit = float;
@@ -43,11 +44,14 @@ struct Pairs {
 // ---------------------------------------------------------------------------------------------------- product
 constexpr int64_t kChain = 64;      // longest run of additions into one register; runs are then added up, which keeps rounding errors small
 
+// What a product does with what stands in c: replaces it, adds to it, or (Rescale) adds to c[j][lane] * factor[lane].
+enum class Into { replace, add, rescale };
+
 // c[j][lane] (+)= sum over r of a[r][lane] * b(j, r), for NB values of j.
 // RowsB: b(j, r) = b[j * ldb + r]; otherwise b[r * ldb + j].
 template <class Op, bool RowsB, int MV, int NB>
 LV_INLINE void product_tile(int64_t units, const typename Op::unit* a, int64_t lda, const typename Op::unit* b, int64_t ldb, float* c,
-                            int64_t ldc, bool add) {
+                            int64_t ldc, Into into, const float* factor) {
   do {
     const int64_t chain = std::min(units, kChain);
     vf acc[NB][MV];
@@ -74,32 +78,34 @@ LV_INLINE void product_tile(int64_t units, const typename Op::unit* a, int64_t l
 #pragma GCC unroll 4
       for (int v = 0; v < MV; ++v) {
         float* out = c + j * ldc + v * W;
-        store(out, add ? load(out) + acc[j][v] : acc[j][v]);
+        if (into == Into::replace) store(out, acc[j][v]);
+        else store(out, (into == Into::rescale ? load(out) * load(factor + v * W) : load(out)) + acc[j][v]);
       }
     }
-    add = true;
+    into = Into::add;
     units -= chain;
   } while (units > 0);
 }
 
 template <class Op, bool RowsB, int MV>
 void product_column(int64_t n, int64_t units, const typename Op::unit* a, int64_t lda, const typename Op::unit* b, int64_t ldb, float* c,
-                    int64_t ldc, bool add) {
+                    int64_t ldc, Into into, const float* factor) {
   for (int64_t j = 0; j < n; j += kBroadcast) {
-    product_tile<Op, RowsB, MV, kBroadcast>(units, a, lda, RowsB ? b + j * ldb : b + j, ldb, c + j * ldc, ldc, add);
+    product_tile<Op, RowsB, MV, kBroadcast>(units, a, lda, RowsB ? b + j * ldb : b + j, ldb, c + j * ldc, ldc, into, factor);
   }
 }
 
 // n: a multiple of kBroadcast; vectors: lanes / W, any number.
 template <class Op, bool RowsB>
 void product(int64_t vectors, int64_t n, int64_t units, const typename Op::unit* a, int64_t lda, const typename Op::unit* b, int64_t ldb,
-             float* c, int64_t ldc, bool add) {
+             float* c, int64_t ldc, Into into, const float* factor = nullptr) {
   while (vectors > 0) {
     const int64_t now = vectors == 4 ? 2 : std::min<int64_t>(vectors, kVectors);      // 4 as 2 + 2, not 3 + 1
-    if (now == 3) product_column<Op, RowsB, 3>(n, units, a, lda, b, ldb, c, ldc, add);
-    else if (now == 2) product_column<Op, RowsB, 2>(n, units, a, lda, b, ldb, c, ldc, add);
-    else product_column<Op, RowsB, 1>(n, units, a, lda, b, ldb, c, ldc, add);
+    if (now == 3) product_column<Op, RowsB, 3>(n, units, a, lda, b, ldb, c, ldc, into, factor);
+    else if (now == 2) product_column<Op, RowsB, 2>(n, units, a, lda, b, ldb, c, ldc, into, factor);
+    else product_column<Op, RowsB, 1>(n, units, a, lda, b, ldb, c, ldc, into, factor);
     a += now * W, c += now * W, vectors -= now;
+    if (factor != nullptr) factor += now * W;
   }
 }
 
@@ -253,11 +259,14 @@ void pack_summed(int64_t count, int64_t padded, int64_t dim, Source source, type
     pack_rows<Op, T>(count, padded, dim, source, out, ld);
   } else {
     for (int64_t r = 0; r < padded; r += 2, out += ld) {
-      std::fill(out, out + ld, 0u);
-      for (int half = 0; half < 2 && r + half < count; ++half) {
-        const T* row = source(r + half);
-        for (int64_t c = 0; c < dim; ++c) out[c] |= uint32_t(row[c].bits) << (16 * half);
+      const T *even = r < count ? source(r) : nullptr, *odd = r + 1 < count ? source(r + 1) : nullptr;
+      int64_t c = 0;
+      for (; c + W <= dim; c += W) {
+        vu pair = even ? load_u16(even + c) : vu{};
+        if (odd) pair |= load_u16(odd + c) << 16;
+        __builtin_memcpy(out + c, &pair, sizeof pair);
       }
+      for (; c < ld; ++c) out[c] = c < dim ? (even ? even[c].bits : 0u) | (odd ? uint32_t(odd[c].bits) << 16 : 0u) : 0u;
     }
   }
 }

@@ -62,6 +62,12 @@ LV_INLINE vu widen_u16(vh x) {
   return __builtin_convertvector(x, vu);
 #endif
 }
+template <class T>
+LV_INLINE vu load_u16(const T* p) {      // the bits of W bf16 or f16
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  return widen_u16(h);
+}
 template <class Byte>
 LV_INLINE vi widen_bytes(const Byte* p) {
   [[maybe_unused]] constexpr bool kSigned = Byte(-1) < 0;
@@ -81,10 +87,14 @@ LV_INLINE vi widen_bytes(const Byte* p) {
 LV_INLINE vf widen(vh x, bf16_t) { return (vf)(widen_u16(x) << 16); }
 
 LV_INLINE vh narrow(vf x, bf16_t) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
   const vu u = (vu)x;
   const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const vu nan = (vu)(vi)(x != x);
   return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vh);
+#endif
 }
 
 #if defined(__F16C__)
@@ -243,13 +253,18 @@ LV_INLINE vf exp2_poly(vf f) {
   return p * f + 6.931472029e-1f;
 }
 
-// 2^x for x <= 127. Exactly 0 below about -126.5 and at -inf, exactly 1 at 0, NaN stays NaN.
+// 2^x for x <= 127. Exactly 0 at -inf and far below (below -126.5 it may be denormal), exactly 1 at 0, NaN stays NaN.
 LV_INLINE vf vexp2(vf x) {
+#if defined(__AVX512DQ__)
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (vf)_mm512_scalef_ps((__m512)(exp2_poly(f) * f + 1.0f), (__m512)(x - f));
+#else
   const vf magic = splat(12582912.0f + 127.0f);        // 1.5 * 2^23: the sum's low bits are round(x) + 127, the exponent of 2^round(x)
   x = vmax(splat(-127.0f), x);
   const vf z = x + magic;
   const vf f = x - (z - magic);
   return (exp2_poly(f) * f + 1.0f) * (vf)((vu)z << 23);
+#endif
 }
 
 // log2(x) = whole + fraction for normal x > 0, |fraction| <= 1/2, accurate to about 1e-8 absolutely. NaN and infinity give NaN or nonsense.
@@ -294,9 +309,17 @@ LV_INLINE uint32_t bf16_bits(float x) {
   return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 
+// even[i] and odd[i] side by side in word i.
 LV_INLINE vu pack_pairs(vf even, vf odd) {
+#if defined(__AVX512BF16__)
+  typedef uint16_t v32 __attribute__((vector_size(64)));
+  v32 order;
+  for (int i = 0; i < W; ++i) order[2 * i] = uint16_t(i), order[2 * i + 1] = uint16_t(W + i);
+  return (vu)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+#else
   const vu lo = __builtin_convertvector(narrow(even, bf16_t{}), vu), hi = __builtin_convertvector(narrow(odd, bf16_t{}), vu);
   return lo | (hi << 16);
+#endif
 }
 
 LV_INLINE vf dot_pairs(vf c, vu a, vu b) {
