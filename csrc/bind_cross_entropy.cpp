@@ -70,7 +70,6 @@ void bind_cross_entropy(py::module_& m) {
           check(floats >= scratch + 5 * p.rows + 3 * blocks * p.chunk, "linear_cross_entropy: scratch is too small");
           p.scratch = pointer<float>(buffer, floats, "scratch");
           p.statistics = p.scratch + scratch, p.partial = p.statistics + 5 * p.rows;
-          if (p.rows * vocab * width < (1 << 17)) p.threads = 1;      // waking others costs more; the threads change no bit
           py::gil_scoped_release release;
           cross_entropy_kernels().run(p);
           return sum_loss(p, mean, pointer<float>(loss, 1, "loss"), reinterpret_cast<float*>(square_sum));

@@ -26,9 +26,10 @@ int64_t backward_panels(int64_t dim) {
   return std::clamp<int64_t>(kBlockFloats / (dim * kLanes * (4 + Op::kPer) / Op::kPer), 2, kBackwardPanels);
 }
 
+// Scratch holds one and a half times as many keys as a block should have: what `even_piece` makes of them at most.
 template <class Op>
 ForwardScratch<Op> forward_scratch(const AttentionProblem& p, Arena& arena) {
-  return {arena, forward_panels<Op>(p), even_piece(forward_keys(p.dim()) * 3 / 2, 1 << 20), p.dim()};
+  return {arena, forward_panels<Op>(p), forward_keys(p.dim()) * 3 / 2, p.dim()};
 }
 template <class Op>
 BackwardScratch<Op> backward_scratch(const AttentionProblem& p, Arena& arena) {

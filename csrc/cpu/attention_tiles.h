@@ -44,7 +44,7 @@ struct Pairs {
 // ---------------------------------------------------------------------------------------------------- product
 constexpr int64_t kChain = 64;      // longest run of additions into one register; runs are then added up, which keeps rounding errors small
 
-// What a product does with what stands in c: replaces it, adds to it, or (Rescale) adds to c[j][lane] * factor[lane].
+// What a product does with what stands in c: replaces it, is added to it, or to c[j][lane] * factor[lane].
 enum class Into { replace, add, rescale };
 
 // c[j][lane] (+)= sum over r of a[r][lane] * b(j, r), for NB values of j.

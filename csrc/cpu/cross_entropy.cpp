@@ -125,7 +125,7 @@ void logits_of(const CrossEntropyArgs& p, const Part& part, bool keep) {
 // Joins the blocks of columns, always in their order; lanes are rows.
 void join_blocks(const CrossEntropyArgs& p, const Part& part) {
   const int64_t blocks = (p.vocab + kTileN - 1) / kTileN, plane = blocks * p.chunk;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (part.rows * p.vocab * p.width > kWorthThreads)
   for (int64_t m = 0; m < part.rows; m += W) {
     const int lanes = int(part.rows - m < W ? part.rows - m : W);
     vf max = splat(-kInf), exp_sum = vf{}, sum = vf{};
@@ -156,7 +156,7 @@ void loss_coefficients(const CrossEntropyArgs& p, const Part& part) {
 // What was kept of the part's logits into their gradients, in place.
 void differentiate(const CrossEntropyArgs& p, const Part& part) {
   const bool bf16 = keeps_bf16(p.dtype, p.softcap, false);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (part.rows * part.columns * p.width > kWorthThreads)
   for (int64_t m = 0; m < part.rows; ++m) {
     const RowGradient gradient(p, part, m);
     if (!bf16) {
