@@ -178,42 +178,31 @@ void differentiate(const CrossEntropyArgs& p, const Part& part) {
   }
 }
 
-// A tile of a gradient that no other part adds to: scaled, rounded once, and put where row (m) says.
-template <class Row>
-void finish_tile(const CrossEntropyArgs& p, const Tile& tile, float* c, int64_t stride, void* out, const Row& row) {
-  for (int64_t i = 0; i < tile.mt; ++i) {
-    float* values = c + i * stride;
-    for (int64_t n = 0; n < tile.nt && p.factor != 1.0f; ++n) values[n] *= p.factor;
-    narrow_row(values, tile.nt, out, p.dtype, row(tile.m0 + i) * p.width + tile.n0);
-  }
-}
-
 void gradients(const CrossEntropyArgs& p, const Part& part) {
-  const bool pairs = p.dtype == DType::bf16;
+  const bool pairs = p.dtype == DType::bf16, at_once = p.way == GradientWay::at_once;
   const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part);
   const Matrix grad(p.logits, keeps_bf16(p.dtype, p.softcap, p.way == GradientWay::recompute) ? DType::bf16 : DType::f32, part.columns);
   if (p.grad_hidden != nullptr) {
-    const Product product = {{grad, true}, {weight, false}, part.columns, pairs};
-    for_each_tile(product, TileGrid(part.rows, p.width, p.threads), p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
-      if (p.way == GradientWay::finish) return finish_tile(p, tile, c, stride, p.grad_hidden, [&](int64_t m) { return p.index[m]; });
-      for (int64_t i = 0; i < tile.mt; ++i) {
-        float* out = static_cast<float*>(p.grad_hidden) + (part.first + tile.m0 + i) * p.width + tile.n0;
-        if (part.column == 0) std::memcpy(out, c + i * stride, size_t(tile.nt) * 4);
-        else for (int64_t n = 0; n < tile.nt; ++n) out[n] += c[i * stride + n];
-      }
-    });
+    Product product = {{grad, true}, {weight, false}, part.columns, pairs};
+    const TileGrid grid(part.rows, p.width, p.threads);
+    if (p.way == GradientWay::finish) {
+      for_each_tile(product, grid, p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
+        for (int64_t i = 0; i < tile.mt; ++i) {
+          float* values = c + i * stride;
+          for (int64_t n = 0; n < tile.nt; ++n) values[n] *= p.factor;
+          narrow_row(values, tile.nt, p.grad_hidden, p.dtype, p.index[tile.m0 + i] * p.width + tile.n0);
+        }
+      });
+    } else {
+      product.out = {static_cast<float*>(p.grad_hidden) + part.first * p.width, DType::f32, p.width, 1.0f, part.column > 0};
+      for_each_tile(product, grid, p.threads, p.scratch);
+    }
   }
   if (p.grad_weight == nullptr) return;
-  Product product = {{grad, false}, {hidden, false}, part.rows, pairs};
-  const TileGrid grid(part.columns, p.width, p.threads);
-  if (p.way != GradientWay::at_once) {      // of all rows
-    for_each_tile(product, grid, p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
-      finish_tile(p, tile, c, stride, p.grad_weight, [&](int64_t v) { return part.column + v; });
-    });
-  } else {
-    product.out = static_cast<float*>(p.grad_weight), product.stride = p.width, product.add = part.first > 0;
-    for_each_tile(product, grid, p.threads, p.scratch, kNoEpilogue);
-  }
+  const DType dtype = at_once ? DType::f32 : p.dtype;
+  char* out = static_cast<char*>(p.grad_weight) + part.column * p.width * int64_t(dtype_size(dtype));
+  const Product product = {{grad, false}, {hidden, false}, part.rows, pairs, {out, dtype, p.width, p.factor, part.first > 0}};
+  for_each_tile(product, TileGrid(part.columns, p.width, p.threads), p.threads, p.scratch);
 }
 
 void run(const CrossEntropyArgs& p) {

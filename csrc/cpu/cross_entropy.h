@@ -43,7 +43,7 @@ struct CrossEntropyArgs {
   const float* row_weight;                            // (M) or null: 1
   float smoothing, z_loss;
   void* logits;                                       // (chunk, V), or (M, chunk) to recompute; bf16 or float32: see below
-  float factor;                                       // of both gradients, to finish
+  float factor;                                       // of both gradients, to finish; else 1
   void* grad_hidden;                                  // (M, H) fp32, or (T, H) in dtype to finish; or null
   void* grad_weight;                                  // (V, H) or null: fp32, or dtype to finish and to recompute
 };
