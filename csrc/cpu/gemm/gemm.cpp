@@ -130,32 +130,36 @@ void pack_panels(const RowSource& source, const Block& block, float* out, float*
 // ---------------------------------------------------------------------------------------------- reading ahead
 // A core that packs waits for memory most of the time, one that multiplies never does. So the rows that will be packed next are asked for
 // while the present block is multiplied: a few lines at each of kMr stages of each register tile, because few can be under way at a time.
+// A register tile asks for one piece of a row, or, where there are more rows than register tiles, for 2, 4 … kMr rows.
 struct Ahead {
   const RowSource* source;
-  int64_t row, end, col, bytes;       // rows still to ask for; the part of a row
-  int64_t lines, done = 0;            // lines at a stage; bytes of this row that were asked for
-  const char* from = nullptr;
-  const char* stage[kMr];             // where the lines of each stage begin, or null
+  int64_t row, end, col;              // rows still to ask for
+  int64_t pieces = 1, piece = 0;      // of a row; the next of them
+  int64_t lines, at_stage;            // of a piece; of these at each stage
+  int shift = 0;                      // 1 << shift pieces a register tile
+  const char* from[kMr] = {};
 
   Ahead(const Operand& operand, const Block& block, int64_t value_bytes, int64_t register_tiles) : source(&operand.source) {
     row = operand.k_dense ? block.first : block.k0, end = row + (operand.k_dense ? block.count : block.depth);
-    col = operand.k_dense ? block.k0 : block.first, bytes = value_bytes * (operand.k_dense ? block.depth : block.count);
-    lines = ceil_div((end - row) * ceil_div(bytes, 64), register_tiles * kMr);
+    col = operand.k_dense ? block.k0 : block.first;
+    const int64_t rows = end - row, row_lines = ceil_div(value_bytes * (operand.k_dense ? block.depth : block.count), kLineBytes);
+    while (rows > register_tiles << shift && 1 << shift < kMr) ++shift;
+    if (rows > 0 && shift == 0) pieces = register_tiles / rows;
+    lines = ceil_div(row_lines, pieces), at_stage = ceil_div(lines << shift, kMr);
   }
-  void plan_stages() {
-    for (int64_t i = 0; i < kMr; ++i) {
-      stage[i] = nullptr;
-      if (row >= end) continue;
-      if (done == 0) from = static_cast<const char*>(source->where(row, col));
-      if (from != nullptr) stage[i] = from + done;
-      done += lines * 64;
-      if (done >= bytes) done = 0, ++row;
+  void next() {
+    for (int64_t i = 0; i < 1 << shift; ++i) {
+      from[i] = row < end ? static_cast<const char*>(source->where(row, col)) : nullptr;
+      if (from[i] != nullptr) from[i] += piece * lines * kLineBytes;
+      if (++piece == pieces) piece = 0, ++row;
     }
   }
 };
 LV_INLINE void ask(const Ahead& ahead, int64_t stage) {
-  if (ahead.stage[stage] == nullptr) return;
-  for (int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(ahead.stage[stage] + i * 64, 0, 2);
+  const int64_t per_piece = kMr >> ahead.shift, done = (stage & (per_piece - 1)) * ahead.at_stage;
+  const char* from = ahead.from[stage * (1 << ahead.shift) / kMr];
+  if (from == nullptr) return;
+  for (int64_t i = done; i < at_most(done + ahead.at_stage, ahead.lines); ++i) __builtin_prefetch(from + i * kLineBytes, 0, 2);
 }
 
 // ---------------------------------------------------------------------------------------------- register tile
@@ -235,8 +239,8 @@ void multiply_blocks(const Tile& tile, int64_t words, const float* a, int64_t ld
     for (int64_t i = 0; i < tile.mt; i += kMr) {
       const float* rows = kRows ? a + i * lda : a + i / kMr * kPanelA;
       const Sums kept = {sums + i * kTileN + j, kTileN}, from = {first ? nullptr : kept.at, kTileN};
-      ahead_a.plan_stages();
-      ahead_b.plan_stages();
+      ahead_a.next();
+      ahead_b.next();
       multiply(words, rows, lda, b + j / kNr * kPanelB, from, last == nullptr ? kept : Sums{finished, kNr}, ahead_a, ahead_b);
       if (last == nullptr) continue;
       auto* put = last->dtype == DType::bf16 ? &deliver<bf16_t> : last->dtype == DType::f16 ? &deliver<f16_t> : &deliver<float>;
