@@ -94,7 +94,7 @@ constexpr int64_t kNv = 3;
 constexpr int64_t kNr = kNv * W;
 constexpr int64_t kKc = 192;                   // words of k per block
 constexpr int64_t kTileM = W >= 16 ? 768 : 384;   // the block of A stays in L2: 624 KiB of 1 MiB; older CPUs have 512 KiB
-constexpr int64_t kTileN = 768;                // the blocks of B and C stream from L3: 0.6 and 2.3 MiB
+constexpr int64_t kTileN = 1056;               // the blocks of B and C stream from L3: 0.8 and 3.1 MiB
 
 // Strides that are no multiple of 4 KiB: whatever is written side by side falls into different sets of L1.
 constexpr int64_t kLda = kKc + 16;
