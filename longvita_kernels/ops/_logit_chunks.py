@@ -50,7 +50,7 @@ def native_loss(hidden, weight, labels, ignore_index, loss_weight, softcap, z_lo
 
 
 def kept_bytes(hidden, weight, rows, softcap):
-    """Bytes of one kept logit gradient, if those of `rows` rows are no larger than the float32 gradient of weight that they replace; or 0."""
+    """Bytes of one kept logit gradient, if those of `rows` rows are no larger than the float32 gradient of weight; or 0."""
     size = native.load().linear_cross_entropy_logit_bytes(native.dtype_code(hidden.dtype), softcap, False)
     return size if rows * size <= 4 * hidden.shape[1] else 0
 
