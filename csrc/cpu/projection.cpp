@@ -139,7 +139,7 @@ float row_sum(const float* values, int64_t count, float shift, bool square) {
 void statistics(const ProjectionArgs& p) {
   const Shuffled shuffled(p);
   const int64_t tokens = tokens_of(p), width = 4 * p.channels;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (tokens * width > kWorthThreads)
   for (int64_t r = 0; r < tokens; ++r) {
     float* buffer = p.row_scratch + omp_get_thread_num() * 2 * width;
     const float* row = shuffled.read(r, 0, width, buffer);
@@ -191,7 +191,7 @@ void forward(const ProjectionArgs& p) {
 // out[n] = Σ_r source[r, n], in two levels so that the error does not grow with the number of rows.
 void column_sums(const RowSource& source, int64_t rows, int64_t width, int threads, float* out) {
   constexpr int64_t kColumns = 64;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > kWorthThreads)
   for (int64_t n0 = 0; n0 < width; n0 += kColumns) {
     const int64_t count = smaller(width - n0, kColumns);
     float total[kColumns] = {}, buffer[kColumns];
@@ -210,7 +210,7 @@ void column_sums(const RowSource& source, int64_t rows, int64_t width, int threa
 void activations_again(const ProjectionArgs& p) {
   constexpr int64_t kPiece = 1024;
   const Matrix act = act_of(p);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
+#pragma omp parallel for num_threads(p.threads) schedule(static) if (tokens_of(p) * p.hidden > kWorthThreads)
   for (int64_t row = 0; row < tokens_of(p); ++row) {
     float buffer[kPiece], out[kPiece];
     for (int64_t from = 0; from < p.hidden; from += kPiece) {
@@ -285,7 +285,7 @@ void layer_norm(const ProjectionArgs& p) {
   for_each_tile(product, TileGrid(tokens, width, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
     for (int64_t i = 0; i < tile.mt; ++i) shuffled.write_gradient(tile.m0 + i, tile.n0, tile.nt, c + i * stride);
   });
-#pragma omp parallel for num_threads(p.threads) schedule(dynamic)
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic) if (tokens * width > kWorthThreads)
   for (int64_t block = 0; block < blocks; ++block) {
     float* grad = p.row_scratch + omp_get_thread_num() * 2 * width;
     float* sum_weight = p.partial == nullptr ? nullptr : p.partial + block * 2 * width;

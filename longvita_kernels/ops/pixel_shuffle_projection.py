@@ -64,7 +64,13 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
 def _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token):
     if len(grid) != 2 or grid[0] <= 0 or grid[0] % 2 or grid[1] <= 0 or grid[1] % 2:
         raise ValueError(f"grid is {tuple(grid)}; expected (rows, cols) of patches, both even and positive: 2 × 2 of them make a token")
-    length, legend = grid[0] * grid[1] + int(class_token), f"(N, rows·cols{' + 1' if class_token else ''}, C)"
+    length, width, hidden = grid[0] * grid[1] + int(class_token), 4 * x.shape[-1], w1.shape[0]
+    if (  # what follows would find nothing; in one call instead of a dozen
+        b1 is None and b2 is None and _common.common_case(x, w1, w2, ln_weight, ln_bias) and x.dim() == 3 and x.shape[1] == length
+        and w1.shape == (hidden, width) and w2.dim() == 2 and w2.shape[1] == hidden and ln_weight.shape == (width,) == ln_bias.shape
+    ):  # fmt: skip
+        return
+    legend = f"(N, rows·cols{' + 1' if class_token else ''}, C)"
     if x.ndim == 3 and x.shape[1] == grid[0] * grid[1] + 1 - int(class_token):
         remedy = "pass class_token=False, or prepend the class token" if class_token else "pass class_token=True, or drop the first row"
         raise ValueError(
@@ -73,12 +79,6 @@ def _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token):
     _common.check_shape("x", x, (None, length, None), legend)
     _common.check_float("x", x)
     _common.check_last_stride("x", x)
-    width, hidden = 4 * x.shape[2], w1.shape[0]
-    if (  # what follows would find nothing; in one call instead of a dozen
-        b1 is None and b2 is None and _common.common_case(x, w1, w2, ln_weight, ln_bias) and w1.shape == (hidden, width) and w2.dim() == 2
-        and w2.shape[1] == hidden and ln_weight.shape == (width,) == ln_bias.shape
-    ):  # fmt: skip
-        return
     for name, tensor in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
         _common.check_shape(name, tensor, (width,), "(4C,)")
         _common.check_dtype(name, tensor, (x.dtype, torch.float32))
@@ -123,14 +123,14 @@ def _native_arguments(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, 
     stats lie at the end of the scratch, `more` floats for act."""
     module, threads, (tile, patch, _) = native.load(), torch.get_num_threads(), x.stride()
     sizes, tokens = _sizes(x, w1, w2, grid)
-    vectors = [None if t is None else _vector(t) for t in (ln_weight, ln_bias, b1, b2)]
+    vectors = [_vector(t) for t in (ln_weight, ln_bias, b1, b2)]
     rows, product = -(-threads * 2 * 4 * x.shape[2] // 16) * 16, threads * module.gemm_scratch_floats()
     scratch = torch.empty(rows + product + (2 * tokens + more if more else 0), dtype=torch.float32)
     at = scratch.data_ptr()
     if more:
         act, stats = at + 4 * (rows + product), at + 4 * (rows + product + more)
-    ln_weight, ln_bias, b1, b2 = (0 if t is None else t.data_ptr() for t in vectors)
-    first = x.data_ptr() + (patch * x.element_size() if class_token and x.numel() else 0)
+    ln_weight, ln_bias, b1, b2 = [0 if t is None else t.data_ptr() for t in vectors]
+    first = x.data_ptr() + (patch * x.element_size() if class_token and tokens else 0)
     return (
         native.dtype_code(x.dtype), sizes, first, (tile, patch), ln_weight, ln_bias, w1.data_ptr(), w1.stride(0), b1, w2.data_ptr(),
         w2.stride(0), b2, eps, stats, z, act, at + 4 * rows, at, threads,
@@ -142,7 +142,9 @@ def _act_stride(hidden, dtype):
 
 
 def _vector(tensor):
-    """As the kernel reads it: float32, dense."""
+    """As the kernel reads it: float32, dense; None stays None."""
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor
     tensor = _common.plain(tensor)
     return (tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32)).contiguous()
 

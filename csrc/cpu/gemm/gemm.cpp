@@ -369,7 +369,12 @@ TileGrid::TileGrid(int64_t M, int64_t N, int threads, int64_t width) : M(M), N(N
   constexpr int64_t kPacking = 8, kTried = 8;
   const int64_t least_rows = ceil_div(M, kTileM), least_cols = ceil_div(N, width > 0 ? width : kTileN);
   int64_t best = INT64_MAX;
-  for (int64_t r = least_rows; r < least_rows + kTried && M * N > 0; ++r) {
+  constexpr int64_t kTiny = 1024;      // elements: finding the best cut would take longer than the product
+  if (width == 0 && M * N <= kTiny && M <= kTileM && N <= kTileN) {
+    tile_m = ceil_div(M, kMr) * kMr, tile_n = ceil_div(N, W) * W;
+    best = 0;
+  }
+  for (int64_t r = least_rows; best > 0 && r < least_rows + kTried && M * N > 0; ++r) {
     const int64_t least_rounds = ceil_div(r * least_cols, threads);
     for (int64_t rounds = least_rounds; rounds < least_rounds + kTried; ++rounds) {
       const int64_t m = ceil_div(ceil_div(M, r), kMr) * kMr, n = width > 0 ? width : ceil_div(ceil_div(N, rounds * threads / r), W) * W;
