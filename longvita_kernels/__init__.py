@@ -1,7 +1,7 @@
 """Attention, projector and vocabulary-head ops for long vision-language models: CPU native, `torch.compile` and autograd included.
 
-The public functions are in `__all__`. Each lives in `longvita_kernels.ops.<its name>` and is imported when it is first used, so that
-`import longvita_kernels` costs nothing: no torch, no native library, no compiler.
+The public functions are in `__all__`. Each lives in `longvita_kernels.ops.<its name>`, ring attention in `longvita_kernels.ring`, and is imported
+when it is first used, so that `import longvita_kernels` costs nothing: no torch, no native library, no compiler.
 """
 
 from importlib import import_module
@@ -9,21 +9,27 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContextParallelPlan",
     "append_kv",
     "decode_attention",
     "linear_cross_entropy",
     "masked_lm_head",
     "merge_attention",
     "pixel_shuffle_projection",
+    "plan_context_parallel",
+    "ring_attention",
     "varlen_attention",
 ]
+
+# Names that live elsewhere than in ops.<name>.
+_PLACES = {"ContextParallelPlan": "ring.plan", "plan_context_parallel": "ring.plan", "ring_attention": "ring.attention"}
 
 _SUBMODULES = ("backends", "native", "spec", "testing")
 
 
 def __getattr__(name):
     if name in __all__:
-        value = getattr(import_module(f"{__name__}.ops.{name}"), name)
+        value = getattr(import_module(f"{__name__}.{_PLACES.get(name, f'ops.{name}')}"), name)
     elif name in _SUBMODULES:
         value = import_module(f"{__name__}.{name}")
     else:
