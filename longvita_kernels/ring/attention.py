@@ -103,11 +103,13 @@ def _agree(q, k, v, plan, group, scale, mode, problem):
         bits = torch.tensor(scale, dtype=torch.float64).view(torch.int64).item()
         wanted = wanted[0] + 2 * (wanted[1] or wanted[2])
         numbers = [1, plan.fingerprint, q.shape[1], k.shape[1], q.shape[2], dtype, bits, MODES.index(mode), wanted]
-    everyone = group.agree(numbers).tolist()
+    mine = torch.tensor(numbers, dtype=torch.int64, device=q.device)
+    everyone = {rank: torch.empty_like(mine) for rank in range(group.size) if rank != group.rank}
+    group.exchange("comparing arguments", [(rank, mine) for rank in everyone], list(everyone.items())).finish()
     if problem is not None:
         raise problem
-    for rank, theirs in enumerate(everyone):
-        if theirs != numbers:
+    for rank, theirs in everyone.items():
+        if (theirs := theirs.tolist()) != numbers:
             what = "arguments that do not fit" if not theirs[0] else "another " + next(
                 name for name, mine, other in zip(_FACTS, numbers, theirs, strict=True) if mine != other
             )  # fmt: skip
@@ -143,25 +145,24 @@ def _forward(q, k, v, plan, program, group, scale):
     calls = sum(len(step.calls) for step in program.steps)
     wide = partial.dtype_of(q)
     traffic = _Traffic(k, v, plan.routes, program, group, "forward")
-    out = lse = lse_rest = None
+    out = total = None  # total: the log-sum-exp so far in float64. Rounded at every merge, its errors would show in the gradients
     for tick, step in enumerate(program.steps):
         traffic.advance(tick)
         for call in step.calls:
             keys, values = traffic.take(tick, call.keys)
-            part = partial.forward(_take(q, call.queries), keys, values, call, scale, q.dtype if calls == 1 else wide)
+            part, lse, rest = partial.forward(_take(q, call.queries), keys, values, call, scale, q.dtype if calls == 1 else wide)
             if out is None:  # the own keys, which all queries see: nothing to merge with yet
-                out, lse, lse_rest = part
+                out, total = part, lse.double() + rest
                 continue
-            lse_rest.zero_()
-            lse_part = _take(lse.T, call.queries).T
-            merged, merged_lse = merge_attention(_take(out, call.queries), lse_part, part[0], part[1])
+            before = _take(total.T, call.queries).T
+            merged, _ = merge_attention(_take(out, call.queries), before.to(wide), part, lse)
             _put(out, call.queries, merged)
-            _put(lse.T, call.queries, merged_lse.T)
+            _put(total.T, call.queries, torch.logaddexp(before, lse.double() + rest).T)
     traffic.finish()
     if out is None:  # no tokens
-        out, lse = q.new_zeros(q.shape), q.new_zeros((q.shape[1], 0), dtype=wide)
-        lse_rest = torch.zeros_like(lse)
-    return out.to(q.dtype), lse, lse_rest
+        out, total = q.new_zeros(q.shape), q.new_zeros((q.shape[1], 0), dtype=torch.float64)
+    lse = total.to(wide)
+    return out.to(q.dtype), lse, (total - lse).nan_to_num_(0.0).to(wide)  # a row that saw nothing: −inf, nothing left
 
 
 def _backward(ctx, grad_out, grad_lse, q, k, v, out, lse, lse_rest, program, needs):

@@ -1,10 +1,9 @@
 """Tensors between the ranks of a group, point to point, under way while something else is computed.
 
-`of(group)` gives what the ring needs of a torch.distributed group (gloo on CPUs, NCCL on GPUs): `rank`, `size`, `exchange` and `agree`. An
-object that has these four itself is taken as it is: a test runs many ranks in one process that way, the benchmark uses CUDA IPC.
+`of(group)` gives what the ring needs of a torch.distributed group (gloo on CPUs, NCCL on GPUs): `rank`, `size`, `name` and `exchange`. An
+object that has these four itself is taken as it is: tests run many ranks in one process that way, the benchmark uses CUDA IPC.
 """
 
-import torch
 import torch.distributed as dist
 
 
@@ -46,17 +45,6 @@ class ProcessGroup:
             return Transfers(self, step, [(work, ", ".join(what)) for work in works], [])
         pairs = list(zip(works, what, strict=True))
         return Transfers(self, step, pairs[: len(receives)], pairs[len(receives) :])
-
-    def agree(self, numbers):
-        """The numbers (int64) of every rank: (size, len(numbers))."""
-        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
-        mine = torch.tensor(numbers, dtype=torch.int64, device=device)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        try:
-            dist.all_gather(everyone, mine, group=self.group)
-        except RuntimeError as error:
-            raise RuntimeError(f"{self.failed('comparing plans', 'hearing from all ranks')}: {error}") from error
-        return torch.stack(everyone).cpu()
 
     def failed(self, step, what):
         return f"ring_attention, rank {self.rank} of {self.size}, {step}: {what} failed; a peer has died, hangs, or called something else"

@@ -9,14 +9,14 @@ import torch
 from longvita_kernels import varlen_attention
 
 SECONDS = 60
+AGREEING = "comparing arguments"
 
 
 class Threads:
-    """What the ring needs of a group, for `size` threads; `sent[rank]` counts bytes."""
+    """What the ring needs of a group, for `size` threads; `sent[rank]` counts bytes, without those that compare arguments."""
 
     def __init__(self, size):
-        self.size, self.sent, self.agreements = size, [0] * size, 0
-        self._queues, self._barrier, self._numbers = defaultdict(queue.Queue), threading.Barrier(size), [None] * size
+        self.size, self.sent, self.queues = size, [0] * size, defaultdict(queue.Queue)
 
     def run(self, function):
         """[function(member)] of all ranks; the first exception of any of them."""
@@ -27,7 +27,6 @@ class Threads:
                 results[rank] = function(Member(self, rank))
             except Exception as error:  # handed to the test, below
                 errors.append(error)
-                self._barrier.abort()
 
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.size)]
         for thread in threads:
@@ -35,7 +34,7 @@ class Threads:
         for thread in threads:
             thread.join()
         if errors:
-            raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+            raise next((e for e in errors if not isinstance(e, queue.Empty)), errors[0])
         return results
 
 
@@ -47,17 +46,9 @@ class Member:
 
     def exchange(self, step, sends, receives):
         for peer, tensor in sends:
-            self.threads.sent[self.rank] += tensor.numel() * tensor.element_size()
-            self.threads._queues[self.rank, peer].put(tensor.clone())
-        return Arrivals([(self.threads._queues[peer, self.rank], tensor) for peer, tensor in receives])
-
-    def agree(self, numbers):
-        self.threads._numbers[self.rank] = torch.tensor(numbers)
-        self.threads._barrier.wait(SECONDS)
-        everyone = torch.stack(self.threads._numbers)
-        if self.threads._barrier.wait(SECONDS) == 0:
-            self.threads.agreements += 1
-        return everyone
+            self.threads.sent[self.rank] += 0 if step == AGREEING else tensor.numel() * tensor.element_size()
+            self.threads.queues[self.rank, peer].put(tensor.clone())
+        return Arrivals([(self.threads.queues[peer, self.rank], tensor) for peer, tensor in receives])
 
 
 class Arrivals:
