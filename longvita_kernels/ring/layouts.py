@@ -12,8 +12,9 @@ T: packed tokens. W: ranks. Positions are packed (0 to T) where nothing else is 
 import numpy as np
 
 BLOCK = 128  # starting points that are tried lie so far apart, at document boundaries where there are any
-MOST_BLOCKS = 4096  # … or further apart, so that planning takes milliseconds at any length; closer where a rank has few tokens
+BLOCKS = 2048, 8  # … or further apart, so many in all or so many a rank, for planning takes milliseconds at any length; closer in small rows
 EXACT, LOOSE = 0.002, 0.02  # an arc may miss the mean area by so much; by the second figure only where that halves what it must receive
+FINE = 32  # starting points tried between two of those
 CUT = 64  # what a further slice costs, in tokens to receive
 
 
@@ -103,7 +104,8 @@ def joined(ranges):
 def _block_starts(documents, world_size):
     """One starting point in each block of the packed row: the first document boundary in it, else its beginning."""
     tokens = documents.tokens
-    block = max(1, min(BLOCK, tokens // (16 * world_size)), -(-tokens // MOST_BLOCKS))
+    most = max(BLOCKS[0], BLOCKS[1] * world_size)
+    block = max(1, min(BLOCK, tokens // (16 * world_size)), -(-tokens // most))
     starts = np.arange(0, tokens, block)
     boundaries = documents.offsets[(documents.offsets > 0) & (documents.offsets < tokens)]
     blocks, first = np.unique(boundaries // block, return_index=True)
@@ -138,49 +140,46 @@ def _arcs(documents, row, count):
 
 
 def _best_start(documents, row, size, mean, most):
-    """Where, in tokens of `row`, the arc begins that is cheapest among those of the right area."""
+    """Where, in tokens of `row`, the arc begins that is cheapest among those of the right area. mean: area of a token; most: tokens of a rank."""
     starts, stops, areas, entering, document, last_document = row
     lengths, ends, area_ends = stops - starts, np.cumsum(stops - starts), np.cumsum(areas)
-    tokens, area = ends[-1], area_ends[-1]
-    begins, area_begins = ends - lengths, area_ends - areas
+    tokens, area, begins = ends[-1], area_ends[-1], ends - lengths
     # tokens to receive on stepping from a range to the next: nothing where they adjoin, the gap inside a document, else what entering costs
     gap = starts - np.roll(stops, 1)
     inside = (document == np.roll(last_document, 1)) & (gap >= 0)
     steps = np.cumsum(np.where(inside, 0 if documents.right < 0 else np.minimum(entering, gap), entering) + CUT * (gap != 0))
-    # the arc that begins with range i ends `size` tokens on, perhaps after going round
-    stop = begins + size
-    laps = stop >= tokens
-    stop -= laps * tokens
+
+    def area_to(x):
+        i = np.searchsorted(ends, x, side="right")
+        return area_ends[i] - areas[i] + documents.area_before(starts[i] + x - begins[i]) - documents.area_before(starts[i])
+
+    def excess(begin, area_before):
+        """Of the area of the arc that begins there, over a fair share of what is left; and where it stops, perhaps after going round."""
+        stop = begin + size
+        laps = stop >= tokens
+        stop = stop - laps * tokens
+        return area_to(stop) + laps * area - area_before - area * (size / tokens), stop, laps
+
+    over, stop, laps = excess(begins, area_ends - areas)
     last = np.searchsorted(ends, stop, side="right")
-    within = stop - begins[last]
-    stop_area = area_begins[last] + documents.area_before(starts[last] + within) - documents.area_before(starts[last])
-    missing = stop_area + laps * area - area_begins - area * (size / tokens)  # of what is left
-    last -= within == 0  # a range that is not reached costs nothing
+    last -= stop == begins[last]  # a range that is not reached costs nothing
     received = entering + steps[last] + laps * steps[-1] - steps
-    return _choose(missing, received, begins, lengths, mean * most, area - mean * tokens, mean * (tokens - size))
+    unit, rest = mean * most, mean * (tokens - size)
+    surplus = (area - mean * tokens) * (1 - size / tokens) - over  # what is then left has that much area over its fair share
 
+    def within(bound):
+        return (np.abs(over) <= bound * unit) & (np.abs(surplus) <= bound / 2 * max(rest, unit))
 
-def _choose(missing, received, begins, lengths, unit, surplus, rest):
-    """An arc of the right area; a looser one if it is much cheaper and leaves the others within the same bounds.
-
-    missing   area of each arc above that of a fair one. unit: area of a rank. surplus, rest: of what is left, area above its fair share
-              before this arc, and the fair share after it
-    """
-    following = np.roll(missing, -1)
-    crossing = np.flatnonzero((missing < 0) != (following < 0))
-    shift = np.round(lengths[crossing] * missing[crossing] / (missing[crossing] - following[crossing])).astype(np.int64)
-    exact = np.flatnonzero(np.abs(missing) <= max(EXACT * unit, np.abs(missing).min()))
-    starts = np.concatenate((begins[exact], begins[crossing] + shift))
-    costs = np.concatenate((received[exact], received[crossing]))
-    best = int(np.argmin(costs))
-    start, cost = starts[best], costs[best]
-    left_over = np.abs(surplus - missing) <= (LOOSE / 2) * max(rest, unit)
-    loose = np.flatnonzero((np.abs(missing) <= LOOSE * unit) & left_over)
-    if len(loose):
-        cheapest = loose[np.argmin(received[loose])]
-        if 2 * received[cheapest] < cost:
-            return int(begins[cheapest])
-    return int(start)
+    exact, crossing = within(EXACT), (over < 0) != (np.roll(over, -1) < 0)  # crossing: between it and the next there is one that fits
+    candidates = np.flatnonzero(exact | crossing)
+    best = candidates[np.argmin(received[candidates])] if len(candidates) else np.argmin(np.abs(over))
+    loose = np.flatnonzero(within(LOOSE))
+    if len(loose) and 2 * received[loose].min() < received[best]:
+        return int(begins[loose[np.argmin(received[loose])]])
+    if not crossing[best] or exact[best]:
+        return int(begins[best])
+    fine = begins[best] + np.arange(FINE) * lengths[best] // FINE
+    return int(fine[np.argmin(np.abs(excess(fine, area_to(fine))[0]))])
 
 
 def _take(documents, row, start, size):
