@@ -24,6 +24,7 @@ from longvita_kernels.ring.cost import CostModel
 from longvita_kernels.ring.plan import ContextParallelPlan
 
 MODES = ("auto", "ring", "all_to_all")
+LAG = 4  # ticks that a rank computes on while gradients have not left, or have not come back: so many steps' may wait in memory
 
 
 def ring_attention(q, k, v, plan, *, group=None, softmax_scale=None, return_lse=False, mode="auto", cost=None):
@@ -214,26 +215,30 @@ class _Traffic:
     """The keys and values, and in a backward their gradients, that one rank sends and receives in one call, tick by tick.
 
     `advance(t)` waits for what tick t needs and starts what leaves at it; then step t is computed on. Keys and values travel as one tensor
-    (tokens, 2, J, D), so that a stretch of tokens is one stretch of memory. A rank runs at most two ticks ahead of those it sends to.
+    (tokens, 2, J, D), so that a stretch of tokens is one stretch of memory. Where sends may wait for their receiver (`group.eager`), own keys
+    leave at the start: a rank that is long over a step of its own holds nobody up.
     """
 
     def __init__(self, k, v, routes, program, group, name, gradients=False):
         self.k, self.v, self.routes, self.program, self.group, self.name, self.returns = k, v, routes, program, group, name, gradients
         self.buffers = {0: torch.stack((k, v), 1) if any(program.sends) else None}
         self.sums, self.returned = {}, {}  # by step: gradients that this rank adds up; that come back to it
-        self.keys, self.gradients_coming, self.under_way = {}, {}, []
+        self.keys, self.gradients_coming, self.under_way, self.early = {}, {}, [], []
         self.steps = range(1, len(program.steps))
-        self.ticks = max(routes.returned_at) + 2 if gradients else len(program.steps)
+        self.ticks = max(routes.returned_at) + LAG + 2 if gradients else len(program.steps)
+        for step in self.steps if group.eager else ():
+            messages = [message for message in program.sends[step] if message.own]
+            self.early.append(self._send(step, messages, []))
 
     def advance(self, tick):
         if tick in self.keys:
             self.keys.pop(tick).wait()
-        for step in self._at(self.routes.returned_at, tick - 1) if self.returns else ():
+        for step in [s for s in self.gradients_coming if self.routes.returned_at[s] < tick - LAG]:
             self._add_returned(step)
         for began, transfers in self.under_way:
-            if began < tick - 1:
+            if began < tick - LAG:
                 transfers.finish()
-        self.under_way = [entry for entry in self.under_way if entry[0] >= tick - 1]
+        self.under_way = [entry for entry in self.under_way if entry[0] >= tick - LAG]
         for step in self._at(self.routes.sent_at, tick):
             self._send_keys(step, tick)
         for step in self._at(self.routes.returned_at, tick) if self.returns else ():
@@ -256,7 +261,7 @@ class _Traffic:
         return self.sums[step]
 
     def finish(self):
-        for _, transfers in self.under_way:
+        for transfers in [*self.early, *(transfers for _, transfers in self.under_way)]:
             transfers.finish()
 
     def _at(self, ticks, tick):
@@ -265,21 +270,23 @@ class _Traffic:
     def _send_keys(self, step, tick):
         into = self.program.steps[step]
         buffer = self.buffers[step] = self.k.new_empty((into.tokens, 2, *self.k.shape[1:]))
-        sends = [(message.peer, _gather(self.buffers, message)) for message in self.program.sends[step]]
-        receives = [(peer, buffer[a:b]) for peer, a, b in into.sources]
-        self.keys[step] = self._start(f"keys of step {step}", tick, sends, receives)
+        messages = [message for message in self.program.sends[step] if not (message.own and self.group.eager)]
+        self.keys[step] = self._send(step, messages, [(peer, buffer[a:b]) for peer, a, b in into.sources])
+        self.under_way.append((tick, self.keys[step]))
 
     def _return_gradients(self, step, tick):
         own, messages = self.gradients(step), self.program.sends[step]
+        for passed_on in [s for s in self.gradients_coming if any(m.takes_from(step) for m in self.program.sends[s])]:
+            self._add_returned(passed_on)
         sends = [(peer, own[a:b]) for peer, a, b in self.program.steps[step].sources]
         parts = self.returned[step] = [own.new_empty((message.tokens, *own.shape[1:])) for message in messages]
         receives = [(message.peer, part) for message, part in zip(messages, parts, strict=True)]
-        self.gradients_coming[step] = self._start(f"gradients of step {step}", tick, sends, receives)
+        self.gradients_coming[step] = self.group.exchange(f"{self.name}, gradients of step {step}", sends, receives, tag=2 * step + 1)
+        self.under_way.append((tick, self.gradients_coming[step]))
 
-    def _start(self, what, tick, sends, receives):
-        transfers = self.group.exchange(f"{self.name}, {what}", sends, receives)
-        self.under_way.append((tick, transfers))
-        return transfers
+    def _send(self, step, messages, receives):
+        sends = [(message.peer, _gather(self.buffers, message)) for message in messages]
+        return self.group.exchange(f"{self.name}, keys of step {step}", sends, receives, tag=2 * step)
 
     def _add_returned(self, step):
         self.gradients_coming.pop(step).wait()

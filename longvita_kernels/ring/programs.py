@@ -29,6 +29,13 @@ class Message:
     def tokens(self):
         return sum(stop - start for start, stop, _ in self.pieces)
 
+    @property
+    def own(self):
+        return all(buffer == 0 for _, _, buffer in self.pieces)
+
+    def takes_from(self, step):
+        return any(buffer == step for _, _, buffer in self.pieces)
+
 
 @dataclass(frozen=True, eq=False)
 class Call:

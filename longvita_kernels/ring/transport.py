@@ -1,7 +1,7 @@
 """Tensors between the ranks of a group, point to point, under way while something else is computed.
 
-`of(group)` gives what the ring needs of a torch.distributed group (gloo on CPUs, NCCL on GPUs): `rank`, `size`, `name` and `exchange`. An
-object that has these four itself is taken as it is: tests run many ranks in one process that way, the benchmark uses CUDA IPC.
+`of(group)` gives what the ring needs of a torch.distributed group (gloo on CPUs, NCCL on GPUs): `rank`, `size`, `name`, `eager` and `exchange`.
+An object that has these itself is taken as it is: tests run many ranks in one process that way, the benchmark uses CUDA IPC.
 """
 
 import torch.distributed as dist
@@ -23,17 +23,21 @@ class ProcessGroup:
         if self.rank < 0:
             raise ValueError("this process is no member of the group that it was given; only its members take part")
 
+        # NCCL runs what it is given one after the other: a send that is received much later would hold up everything behind it
+        self.eager = dist.get_backend(self.group) == "gloo"
+
     @property
     def name(self):
         return self.group.group_name
 
-    def exchange(self, step, sends, receives):
-        """Start all transfers and return at once. sends, receives: [(peer, dense tensor)]; both sides list what they share in one order.
+    def exchange(self, step, sends, receives, tag=0):
+        """Start all transfers and return at once. sends, receives: [(peer, dense tensor)].
 
-        `step` is what an error calls it. The tensors must stay as they are until `wait`.
+        `step` is what an error calls it; `tag` tells apart what two ranks have under way at a time. Where the group is not `eager`, both
+        sides must call it in the same order. The tensors must stay as they are until `finish`.
         """
-        operations = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer) for peer, tensor in receives]
-        operations += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for peer, tensor in sends]
+        operations = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer, tag=tag) for peer, tensor in receives]
+        operations += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer, tag=tag) for peer, tensor in sends]
         what = [f"receiving from rank {peer}" for peer, _ in receives] + [f"sending to rank {peer}" for peer, _ in sends]
         if not operations:
             return Transfers(self, step, [], [])

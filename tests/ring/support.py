@@ -15,8 +15,8 @@ AGREEING = "comparing arguments"
 class Threads:
     """What the ring needs of a group, for `size` threads; `sent[rank]` counts bytes, without those that compare arguments."""
 
-    def __init__(self, size):
-        self.size, self.sent, self.queues = size, [0] * size, defaultdict(queue.Queue)
+    def __init__(self, size, eager=True):
+        self.size, self.eager, self.sent, self.queues = size, eager, [0] * size, defaultdict(queue.Queue)
 
     def run(self, function):
         """[function(member)] of all ranks; the first exception of any of them."""
@@ -42,13 +42,13 @@ class Member:
     """One rank of `Threads`."""
 
     def __init__(self, threads, rank):
-        self.threads, self.rank, self.size, self.name = threads, rank, threads.size, "threads"
+        self.threads, self.rank, self.size, self.name, self.eager = threads, rank, threads.size, "threads", threads.eager
 
-    def exchange(self, step, sends, receives):
+    def exchange(self, step, sends, receives, tag=0):
         for peer, tensor in sends:
             self.threads.sent[self.rank] += 0 if step == AGREEING else tensor.numel() * tensor.element_size()
-            self.threads.queues[self.rank, peer].put(tensor.clone())
-        return Arrivals([(self.threads.queues[peer, self.rank], tensor) for peer, tensor in receives])
+            self.threads.queues[self.rank, peer, tag].put(tensor.clone())
+        return Arrivals([(self.threads.queues[peer, self.rank, tag], tensor) for peer, tensor in receives])
 
 
 class Arrivals:
