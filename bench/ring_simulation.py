@@ -1,12 +1,12 @@
 """What context parallelism would cost on larger machines: plain ring, zigzag, all-gather, Ulysses and ours over three mixtures of lengths.
 
-A model, not a measurement: rates are stated (CostModel), compute follows the visible pairs, transfers their bytes. What it takes for granted:
+A model, not a measurement: rates are stated (CostModel), compute follows the visible pairs, transfers their bytes. It takes for granted:
 
-* plain ring: every document in as many pieces as there are ranks, padded to that; all keys pass all ranks, in lockstep, each hop at the rate of
-  the slowest link of the ring; rank r computes on the pieces before its own
+* plain ring: every document in as many pieces as there are ranks, padded to that; all keys pass all ranks, in lockstep, each hop at the
+  rate of the slowest link of the ring; rank r computes on the pieces before its own
 * zigzag: the same with two pieces a rank, so that every rank has equal work at every hop
-* all-gather: the packed row in two pieces a rank; keys are gathered first (over the network once a node), then all is computed; in the backward
-  they are gathered again and float32 gradients are scattered back
+* all-gather: the packed row in two pieces a rank; keys are gathered first (over the network once a node), then all is computed; in the
+  backward they are gathered again and float32 gradients are scattered back
 * Ulysses: mode "all_to_all" of `ring_attention`, where the ranks divide the KV heads
 * ours: mode "ring" of `ring_attention`, bytes and steps from its plan
 """
@@ -101,24 +101,25 @@ class _Machine:
         self.slowest = cost.network_bandwidth if ranks > per_node else cost.node_bandwidth
 
     def ring(self, scheme, lengths, pieces, ideal):
-        """Documents in `pieces` · ranks pieces; keys go round in the forward, keys and float32 gradients in the backward."""
+        """Documents in `pieces` · ranks pieces; keys go round (but not home), in the backward with their float32 gradients (home too)."""
         piece = -(-np.array(lengths) // (pieces * self.ranks))  # tokens of one piece of each document
         own = int(pieces * piece.sum())
         square = float((piece.astype(float) ** 2).sum())
         # step 0 is the own triangle; a plain ring then waits for whoever computes a whole square, zigzag has two in every hop
         first, hop = square * pieces**2 / 2, square * (1 if pieces == 1 else 2)
         compute = (first + hop * (self.ranks - 1)) * 7 * self.pair_seconds
-        seconds = 0.0
+        seconds = 0.0  # (the gradients' last hop, home, is hidden by nothing)
         for products, size in ((2, self.key_bytes), (5, self.key_bytes + self.gradient_bytes)):
             step, transfer = products * self.pair_seconds * np.array([first, hop]), own * size / self.slowest + self.cost.latency
             hidden = [step[0], *[step[1]] * (self.ranks - 2)] if self.ranks > 1 else []
             seconds += sum(max(s, transfer) for s in hidden) + step[1 if self.ranks > 1 else 0]
+        seconds += own * self.gradient_bytes / self.slowest if self.ranks > 1 else 0.0
         if pieces == 1:  # rank r computes on r whole squares and its own half
             work = square * (np.arange(self.ranks) + 0.5)
             imbalance = work.max() / work.mean()
         else:
             imbalance = 1.0
-        sent = self.ranks * own * (self.ranks - 1) * (2 * self.key_bytes + self.gradient_bytes)
+        sent = self.ranks * own * (2 * (self.ranks - 1) * self.key_bytes + self.ranks * self.gradient_bytes)
         return _outcome(scheme, seconds, seconds - compute, imbalance, sent, ideal)
 
     def all_gather(self, plan, ideal):
@@ -150,12 +151,12 @@ def report(cost: CostModel | None = None, ranks=RANKS, tokens: int = TOKENS) -> 
 
 def table(found: dict) -> str:
     """The results as text: one line a scheme."""
-    hardware = found["hardware"]
+    hardware, shape = found["hardware"], found["shape"]
     lines = [
-        f"{found['tokens']:,} tokens, {found['shape']['heads']}/{found['shape']['kv_heads']} heads of {found['shape']['head_dim']}, forward + "
-        f"backward of one layer; a rank: {hardware['flops'] / 1e12:.0f} TFLOP/s, {hardware['node_bandwidth'] / 1e9:.0f} GB/s in its node of "
-        f"{hardware['ranks_per_node']}, {hardware['network_bandwidth'] / 1e9:.0f} GB/s between nodes, {hardware['latency'] * 1e6:.0f} µs",
-        f"{'lengths':16s} {'ranks':>5s}  {'scheme':11s} {'time':>10s} {'exposed':>10s} {'imbalance':>9s} {'GB sent':>10s} {'efficiency':>10s}",
+        f"{found['tokens']:,} tokens, {shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, forward + backward of one layer; "
+        f"a rank: {hardware['flops'] / 1e12:.0f} TFLOP/s, {hardware['node_bandwidth'] / 1e9:.0f} GB/s in its node of {hardware['ranks_per_node']}, "
+        f"{hardware['network_bandwidth'] / 1e9:.0f} GB/s between nodes, {hardware['latency'] * 1e6:.0f} µs",
+        "lengths          ranks  scheme            time    exposed imbalance    GB sent efficiency",
     ]
     for row in found["results"]:
         lines.append(

@@ -1,7 +1,7 @@
 """Attention, projector and vocabulary-head ops for long vision-language models: CPU native, `torch.compile` and autograd included.
 
-The public functions are in `__all__`. Each lives in `longvita_kernels.ops.<its name>`, ring attention in `longvita_kernels.ring`, and is imported
-when it is first used, so that `import longvita_kernels` costs nothing: no torch, no native library, no compiler.
+The public functions are in `__all__`. Each lives in `longvita_kernels.ops.<its name>`, ring attention in `longvita_kernels.ring`, and is
+imported when it is first used, so that `import longvita_kernels` costs nothing: no torch, no native library, no compiler.
 """
 
 from importlib import import_module

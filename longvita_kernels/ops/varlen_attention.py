@@ -180,8 +180,8 @@ def native_cannot(*, softmax_scale=None, **_):
 def _forward_impl(
     q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, *, only_out=False, result=None
 ):  # fmt: skip
-    """out, lse and its rest. Not for the dispatcher: `only_out`: just out, with lse in the scratch; `result`: the dtype of out, that of q or
-    float32 (for parts that are added up later)."""
+    """out, lse and its rest. Not for the dispatcher: `only_out`: just out, with lse in the scratch; `result`: the dtype of out, that of q
+    or float32 (for parts that are added up later)."""
     _check_longest(cu_q, cu_k, max_q, max_k)
     if backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale)) == "reference":
         _check_offsets(q, k, cu_q, cu_k)  # the native kernel does so itself

@@ -16,7 +16,7 @@ def divides(plan, heads, kv_heads):
 
 
 def bytes_sent(plan, rank, heads, kv_heads, head_dim, dtype, *, backward=False, lse=False):
-    """Bytes that the rank sends in one forward (`lse`: that also returns the log-sum-exp), or in one backward: the same tensors' gradients."""
+    """Bytes that the rank sends in one forward (`lse`: which returns that too), or in one backward: the gradients of the same tensors."""
     own = int(plan.tokens[rank])
     inputs = own * (plan.world_size - 1) * (heads + 2 * kv_heads) // plan.world_size * head_dim
     outputs = (plan.total_tokens - own) * heads // plan.world_size

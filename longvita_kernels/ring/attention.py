@@ -10,7 +10,7 @@ What arrives in step s + 1 is under way while step s computes. The backward send
 and returns float32 shares of dk and dv the way the keys came; each is added at a fixed moment, so bits do not depend on timing.
 
 T: tokens of this rank. H, J: query heads, KV heads; H % J == 0. D: head dimension.
-Sources: Liu et al. 2023 "Ring Attention"; the merge: Milakov & Gimelshein 2018; the all-to-all mode: Jacobs et al. 2023 "DeepSpeed Ulysses".
+Sources: Liu et al. 2023 "Ring Attention"; the merge: Milakov & Gimelshein 2018; all-to-all: Jacobs et al. 2023 "DeepSpeed Ulysses".
 """
 
 import math
@@ -30,7 +30,7 @@ LAG = 4  # ticks that a rank computes on while gradients have not left, or have 
 def ring_attention(q, k, v, plan, *, group=None, softmax_scale=None, return_lse=False, mode="auto", cost=None):
     """`varlen_attention` over the plan's documents, each rank holding its own tokens. Every rank of the group must call it, and backward.
 
-    q (T, Hq, D), k, v (T, Hkv, D)   this rank's tokens, as `plan.shard` gives them; dtypes, head counts and strides as in `varlen_attention`
+    q (T, Hq, D), k, v (T, Hkv, D)   this rank's tokens, as `plan.shard` gives them; dtypes, heads and strides as in `varlen_attention`
     plan            from `plan_context_parallel`, the same on all ranks; it has the mask
     group           a torch.distributed group (gloo on CPUs, NCCL on GPUs) of plan.world_size ranks; None: the default group
     softmax_scale   default 1 / sqrt(D)
@@ -79,8 +79,8 @@ def _problem(q, k, v, plan, group, softmax_scale, mode):
             raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}; expected the query heads to be a multiple of the KV heads")
         if mode == "all_to_all" and not all_to_all.divides(plan, q.shape[1], k.shape[1]):
             raise ValueError(
-                f"mode 'all_to_all' spreads {q.shape[1]} query and {k.shape[1]} KV heads over {plan.world_size} ranks, which must divide both; "
-                "use mode='ring'"
+                f"mode 'all_to_all' spreads {q.shape[1]} query and {k.shape[1]} KV heads over {plan.world_size} ranks, which must divide "
+                "both; use mode='ring'"
             )
     except ValueError as error:
         return error
@@ -132,13 +132,28 @@ class _Ring(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse):
         if grad_out is None and grad_lse is None:
             return (None,) * 6
-        program = ctx.plan.program(ctx.group.rank)
-        grads = _backward(ctx, grad_out, grad_lse, *ctx.saved_tensors, program, list(ctx.needs_input_grad[:3]))
+        program, saved, needs = ctx.plan.program(ctx.group.rank), ctx.saved_tensors, list(ctx.needs_input_grad[:3])
+        with torch.no_grad():
+            grads = _backward(ctx, grad_out, grad_lse, *saved, program, needs)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = [grad if grad is None else _NoSecondDerivative.apply(grad, grad_out, *saved[:3]) for grad in grads]
         return *grads, None, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, *causes):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            "ring_attention has no second derivative: its gradient cannot be differentiated again. Remedy: call backward or autograd.grad "
+            "without create_graph=True"
+        )
 
 
 def _forward(q, k, v, plan, program, group, scale):
@@ -215,8 +230,8 @@ class _Traffic:
     """The keys and values, and in a backward their gradients, that one rank sends and receives in one call, tick by tick.
 
     `advance(t)` waits for what tick t needs and starts what leaves at it; then step t is computed on. Keys and values travel as one tensor
-    (tokens, 2, J, D), so that a stretch of tokens is one stretch of memory. Where sends may wait for their receiver (`group.eager`), own keys
-    leave at the start: a rank that is long over a step of its own holds nobody up.
+    (tokens, 2, J, D), so that a stretch of tokens is one stretch of memory. Where sends may wait for their receiver (`group.eager`), own
+    keys leave at the start: a rank that is long over a step of its own holds nobody up.
     """
 
     def __init__(self, k, v, routes, program, group, name, gradients=False):

@@ -86,10 +86,14 @@ class CostModel:
         seconds = np.zeros((ranks, (max(routes.returned_at) if returned else routes.steps) + 1))
         if not len(routes.step):
             return seconds
-        rate = np.where(routes.source // plan.ranks_per_node == routes.target // plan.ranks_per_node, self.node_bandwidth, self.network_bandwidth)
+        rate = np.where(
+            routes.source // plan.ranks_per_node == routes.target // plan.ranks_per_node, self.node_bandwidth, self.network_bandwidth
+        )
         row_seconds = (routes.stop - routes.start) * bytes_per_token / rate
         size = ranks * (routes.steps + 1)
-        each = np.maximum(*(np.bincount(end * (routes.steps + 1) + routes.step, row_seconds, size) for end in (routes.source, routes.target)))
+        each = np.maximum(
+            *(np.bincount(end * (routes.steps + 1) + routes.step, row_seconds, size) for end in (routes.source, routes.target))
+        )
         each = each.reshape(ranks, -1)
         each += self.latency * (each > 0)
         for step in range(1, routes.steps + 1):
@@ -99,7 +103,7 @@ class CostModel:
 
 
 def _areas_by_step(plan):
-    """(ranks, steps + 1): visible pairs computed in each step. Those with own keys exactly (without a window), the rest by tokens that arrive."""
+    """(ranks, steps + 1): visible pairs computed in each step. With own keys exactly (without a window), the rest by tokens that arrive."""
     routes, ranks = plan.routes, plan.world_size
     own = np.array([_own_area(plan.documents, part) for part in plan.slices], dtype=np.float64)
     arriving = np.bincount(routes.target * (routes.steps + 1) + routes.step, routes.stop - routes.start, ranks * (routes.steps + 1))

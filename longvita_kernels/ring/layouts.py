@@ -12,7 +12,10 @@ T: packed tokens. W: ranks. Positions are packed (0 to T) where nothing else is 
 import numpy as np
 
 BLOCK = 128  # starting points that are tried lie so far apart, at document boundaries where there are any
-BLOCKS = 2048, 8  # … or further apart, so many in all or so many a rank, for planning takes milliseconds at any length; closer in small rows
+BLOCKS = (
+    2048,
+    8,
+)  # … or further apart, so many in all or so many a rank, for planning takes milliseconds at any length; closer in small rows
 EXACT, LOOSE = 0.002, 0.02  # an arc may miss the mean area by so much; by the second figure only where that halves what it must receive
 FINE = 32  # starting points tried between two of those
 CUT = 64  # what a further slice costs, in tokens to receive
@@ -140,7 +143,7 @@ def _arcs(documents, row, count):
 
 
 def _best_start(documents, row, size, mean, most):
-    """Where, in tokens of `row`, the arc begins that is cheapest among those of the right area. mean: area of a token; most: tokens of a rank."""
+    """Where in the row the arc begins that is cheapest among those of the right area. mean: area of a token; most: tokens of a part."""
     starts, stops, areas, entering, document, last_document = row
     lengths, ends, area_ends = stops - starts, np.cumsum(stops - starts), np.cumsum(areas)
     tokens, area, begins = ends[-1], area_ends[-1], ends - lengths

@@ -1,7 +1,7 @@
 """Attention to some of the keys, float32 out, and the gradients of these keys' share: what a step of the ring computes.
 
 The native kernel does both in one call whatever the inputs' dtype; elsewhere plain torch, document by document. For the gradients `out` and
-`lse` are those of the whole attention, so that the shares of all steps add up to its gradients exactly (equations: ops/varlen_attention.py).
+`lse` are those of the whole attention, so that the shares of all steps add up to its gradients (equations: ops/varlen_attention.py).
 
 T: packed tokens. H, J: query heads, KV heads. D: head dimension. L: tokens of one document.
 """

@@ -32,8 +32,8 @@ def plan_context_parallel(cu_seqlens, world_size, *, causal=True, window_size=(-
                     zigzag      every document in 2·world_size pieces, rank r owning the r-th and the r-th from the end
                     contiguous  equal stretches of the packed row
                     In all three the numbers of tokens differ by one at most.
-    ranks_per_node  ranks r // ranks_per_node share a node. `balanced` keeps documents inside nodes as far as it can, and in every layout keys
-                    cross to a node once and are passed on there. None: all ranks are alike
+    ranks_per_node  ranks r // ranks_per_node share a node. `balanced` keeps documents inside nodes as far as it can, and in every layout
+                    keys cross to a node once and are passed on there. None: all ranks are alike
 
     ValueError for offsets that fall, do not start at 0, or arguments that do not fit.
     """
@@ -149,7 +149,7 @@ class ContextParallelPlan:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
     def unshard(self, local, group=None):
-        """All tokens, in packed order, from every rank's `local` (its tokens first). Every rank of the group must call it and gets the result.
+        """All tokens, in packed order, from every rank's `local` (tokens first). Every rank of the group must call it and gets the result.
 
         Differentiable: each rank's gradient is the sum, over all ranks, of what they did with its tokens.
         """
@@ -219,7 +219,8 @@ class ContextParallelPlan:
         nodes = self.world_size // self.ranks_per_node
         return (
             f"{self.total_tokens} tokens, {len(self.documents.lengths)} documents, {self.world_size} ranks"
-            f"{f' on {nodes} nodes' if nodes > 1 else ''}, {self.layout}: area {self.imbalance:.3f}, tokens {self.token_imbalance:.3f} × the mean"
+            f"{f' on {nodes} nodes' if nodes > 1 else ''}, {self.layout}: "
+            f"area {self.imbalance:.3f}, tokens {self.token_imbalance:.3f} × the mean"
         )
 
 
@@ -244,6 +245,7 @@ class _Unshard(torch.autograd.Function):
         return whole
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         plan, group = ctx.plan, ctx.group
         peers = [rank for rank in range(plan.world_size) if rank != group.rank]

@@ -6,8 +6,8 @@ own; what a stretch of queries sees of a stretch of keys is put in terms of the 
 
     queries [a, b), keys [c, d) of one document, limits (left, right):    left' = left + d − b        right' = right + b − d
 
-Both are cut back first to what is seen at all, so neither falls below 0, and a limit that cuts nothing becomes −1. So without a window there
-are two kinds only: the rank's own documents, causal, and keys that lie wholly before the queries that see them.
+Both are cut back first to what is seen at all, so neither falls below 0, and a limit that cuts nothing becomes −1. So without a window
+there are two kinds only: the rank's own documents, causal, and keys that lie wholly before the queries that see them.
 """
 
 from collections import defaultdict
@@ -39,7 +39,7 @@ class Message:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One kernel call: its stretches of queries and of keys, end to end, and the documents that they make. area: visible pairs, one head."""
+    """One kernel call: its stretches of queries and of keys, end to end, and the documents they make. area: visible pairs of a head."""
 
     queries: list
     keys: list
@@ -70,7 +70,7 @@ class Step:
 
 @dataclass
 class Program:
-    """steps[0] is the rank's own; sends[s] are the messages that belong to step s; after tick last_use[s] nobody needs the keys of step s."""
+    """steps[0] is the rank's own; sends[s]: the messages that belong to step s; after tick last_use[s] nobody needs the keys of step s."""
 
     tokens: int
     steps: list
@@ -137,7 +137,7 @@ class _Own:
         return int(self.locals[i] + start - self.slices[i, 0])
 
     def _split(self, stretches):
-        """Packed (start, stop, shift) cut at document boundaries → (document, start, stop, place): inside the document, and start − shift."""
+        """Packed (start, stop, shift) cut at document boundaries → (document, start and stop inside it, place = packed start − shift)."""
         offsets, out = self.documents.offsets, []
         for start, stop, shift in stretches:
             document, last = int(self.documents.at(start)), int(self.documents.at(stop - 1))

@@ -1,8 +1,8 @@
 """Who needs which keys and values, and over which way and in which step they come. numpy only, all ranks at once.
 
-A *row* is one packed range of keys that one rank sends to another. Every rank gets the ranges that its queries see and that it does not own,
-each once. From another node a range comes to one of the ranks that need it, which passes it on to the others there: it crosses between the
-nodes once, and nobody receives what it does not use.
+A *row* is one packed range of keys that one rank sends to another. Every rank gets the ranges that its queries see and that it does not
+own, each once. From another node a range comes to one of the ranks that need it, which passes it on to the others there: it crosses
+between the nodes once, and nobody receives what it does not use.
 
 A *step* is what arrives together and is computed on together; step 0 is what a rank owns. Steps are the same for all ranks: first from
 neighbour to neighbour inside a node, then node by node. Neighbouring steps are joined while what arrives is no more than a rank owns, so

@@ -1,5 +1,6 @@
-"""python -m tests.ring.processes FOLDER quick|slow: eight gloo processes run all cases, in groups of 2, 3, 4 and 8; rank 0 writes what they found.
+"""python -m tests.ring.processes FOLDER quick|slow
 
+Eight gloo processes run all cases, in groups of 2, 3, 4 and 8; rank 0 writes what they found.
 torch is loaded once, then the process forks. The last case kills a process, so nothing comes after it.
 """
 
@@ -151,7 +152,9 @@ def circumstances(process, size):
     only_q = torch.autograd.grad(ring_attention(q, k, v, plan, group=group, mode="ring"), q, g)[0]
     v = v.clone().requires_grad_()
     only_v = torch.autograd.grad(ring_attention(q.detach(), k, v, plan, group=group, mode="ring"), v, g)[0]
-    no_lse = with_gradients(lambda *x: (ring_attention(*x, plan, group=group, mode="ring"), x[0].sum() * 0), mine[:3], (g, torch.tensor(1.0)))
+    no_lse = with_gradients(
+        lambda *x: (ring_attention(*x, plan, group=group, mode="ring"), x[0].sum() * 0), mine[:3], (g, torch.tensor(1.0))
+    )
     local = torch.ones(len(g), 2, requires_grad=True)
     weight = torch.arange(plan.total_tokens)[:, None] * (1.0 + process.rank)
     (plan.unshard(local, group) * weight).sum().backward()
@@ -175,7 +178,9 @@ def mismatches(process):
 
     def says(name, change=None, **options):
         plan = plan_context_parallel([0, 100], 2, causal=not (odd and change == "plan"))
-        x, y = (q.bfloat16(), k.bfloat16()) if odd and change == "dtype" else (q[..., :24], k[..., :24]) if odd and change == "dim" else (q, k)
+        x, y = (
+            (q.bfloat16(), k.bfloat16()) if odd and change == "dtype" else (q[..., :24], k[..., :24]) if odd and change == "dim" else (q, k)
+        )
         x = x[:-1] if odd and change == "tokens" else x
         process.sent = 0
         try:

@@ -17,7 +17,12 @@ ROOT = Path(__file__).parents[2]
 def start(folder, what):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.ring.processes", str(folder), what], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+        [sys.executable, "-m", "tests.ring.processes", str(folder), what],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     return folder, json.loads((folder / "found.json").read_text())
@@ -70,8 +75,8 @@ def test_checkpointing_no_grad_frozen_inputs_and_unshard(quick):
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("plan", "another plan"), ("dtype", "another dtype"), ("head dimension", "another head dimension"), ("scale", "another softmax_scale"),
-        ("tokens", "arguments that do not fit"),
+        ("plan", "another plan"), ("dtype", "another dtype"), ("head dimension", "another head dimension"),
+        ("scale", "another softmax_scale"), ("tokens", "arguments that do not fit"),
     ],
 )  # fmt: skip
 def test_ranks_that_disagree_are_told_before_anything_is_sent(quick, what, words):
@@ -96,7 +101,8 @@ def test_a_lost_peer_ends_the_others_with_its_name_and_the_step(quick, name, los
     machine."""
     said = [json.loads((quick[0] / f"{name}-{rank}.json").read_text()) for rank in range(others)]
     for rank, one in enumerate(said):
-        form = rf"ring_attention, rank {rank} of {others + 1}, (forward|backward), (keys|gradients) of step \d+: (receiving from|sending to) rank \d"
+        step = r"(forward|backward), (keys|gradients) of step \d+: (receiving from|sending to) rank \d"
+        form = f"ring_attention, rank {rank} of {others + 1}, {step}"
         assert re.match(form, one["said"]), one["said"]
         assert one["seconds"] < limit
     assert any(f"from rank {lost} failed; a peer has died, hangs" in one["said"] for one in said), said
