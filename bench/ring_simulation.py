@@ -153,9 +153,9 @@ def table(found: dict) -> str:
     """The results as text: one line a scheme."""
     hardware, shape = found["hardware"], found["shape"]
     lines = [
-        f"{found['tokens']:,} tokens, {shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, forward + backward of one layer; "
-        f"a rank: {hardware['flops'] / 1e12:.0f} TFLOP/s, {hardware['node_bandwidth'] / 1e9:.0f} GB/s in its node of {hardware['ranks_per_node']}, "
-        f"{hardware['network_bandwidth'] / 1e9:.0f} GB/s between nodes, {hardware['latency'] * 1e6:.0f} µs",
+        f"{found['tokens']:,} tokens, {shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, forward + backward of one layer",
+        f"a rank: {hardware['flops'] / 1e12:.0f} TFLOP/s, {hardware['node_bandwidth'] / 1e9:.0f} GB/s in its node of "
+        f"{hardware['ranks_per_node']}, {hardware['network_bandwidth'] / 1e9:.0f} GB/s between nodes, {hardware['latency'] * 1e6:.0f} µs",
         "lengths          ranks  scheme            time    exposed imbalance    GB sent efficiency",
     ]
     for row in found["results"]:
@@ -191,7 +191,7 @@ def plot(path: Path, found: dict) -> None:
         for row in axes:
             row[column].grid(alpha=0.3)
     axes[0][0].set_ylabel("efficiency: bare compute / time")
-    axes[1][0].set_ylabel("GB sent by all ranks (below 0.001: none)")
+    axes[1][0].set_ylabel("GB sent (lowest: none)")
     axes[0][0].legend(fontsize=8)
     figure.suptitle(f"{found['tokens']:,} tokens, simulated, forward + backward of one layer", fontsize=11)
     figure.tight_layout()
