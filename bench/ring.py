@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +128,8 @@ def _on_processes(count: int, chosen: list[Case], arguments: argparse.Namespace)
                 try:
                     _member(rank, count, Path(folder), chosen, arguments)
                     code = 0
+                except BaseException:  # a child must not go on as its parent
+                    traceback.print_exc()
                 finally:
                     sys.stdout.flush()
                     os._exit(code)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -242,8 +243,6 @@ def main(folder, what):
                 run(Process(folder, rank), what)
                 code = 0
             except BaseException:  # a child must not go on as its parent
-                import traceback
-
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
