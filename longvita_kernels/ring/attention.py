@@ -236,7 +236,8 @@ class _Traffic:
 
     def __init__(self, k, v, routes, program, group, name, gradients=False):
         self.k, self.v, self.routes, self.program, self.group, self.name, self.returns = k, v, routes, program, group, name, gradients
-        self.buffers = {0: torch.stack((k, v), 1) if any(program.sends) else None}
+        sent = sum(message.tokens for messages in program.sends for message in messages if message.own)
+        self.buffers = {0: torch.stack((k, v), 1)} if sent > program.tokens else {}  # else what is sent is put together piece by piece
         self.sums, self.returned = {}, {}  # by step: gradients that this rank adds up; that come back to it
         self.keys, self.gradients_coming, self.under_way, self.early = {}, {}, [], []
         self.steps = range(1, len(program.steps))
@@ -300,8 +301,15 @@ class _Traffic:
         self.under_way.append((tick, self.gradients_coming[step]))
 
     def _send(self, step, messages, receives):
-        sends = [(message.peer, _gather(self.buffers, message)) for message in messages]
+        sends = [(message.peer, self._gather(message)) for message in messages]
         return self.group.exchange(f"{self.name}, keys of step {step}", sends, receives, tag=2 * step)
+
+    def _gather(self, message):
+        parts = [
+            self.buffers[buffer][a:b] if buffer in self.buffers else torch.stack((self.k[a:b], self.v[a:b]), 1)
+            for a, b, buffer in message.pieces
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _add_returned(self, step):
         self.gradients_coming.pop(step).wait()
@@ -311,8 +319,3 @@ class _Traffic:
                 self.gradients(buffer)[a:b] += part[at : at + b - a]
                 at += b - a
         self.sums.pop(step, None)
-
-
-def _gather(buffers, message):
-    parts = [buffers[buffer][a:b] for a, b, buffer in message.pieces]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -45,12 +45,16 @@ class CostModel:
             raise ValueError(f"latency is {self.latency}; expected seconds, at least 0")
 
     def choose(self, plan, heads, kv_heads, head_dim, dtype):
-        """The faster mode of `ring_attention`, forward and backward together: "ring" or "all_to_all"."""
+        """The faster mode of `ring_attention`, forward and backward together: "ring" or "all_to_all". The plan remembers the answer."""
         if plan.world_size == 1 or not all_to_all.divides(plan, heads, kv_heads):
             return "ring"
-        shape = plan, heads, kv_heads, head_dim, dtype
-        ring, swap = (sum(estimate(*shape, backward=b).seconds for b in (False, True)) for estimate in (self.ring, self.all_to_all))
-        return "ring" if ring <= swap else "all_to_all"
+        shape = heads, kv_heads, head_dim, dtype
+        if (self, shape) not in plan.choices:
+            ring, swap = (
+                sum(estimate(plan, *shape, backward=b).seconds for b in (False, True)) for estimate in (self.ring, self.all_to_all)
+            )
+            plan.choices[self, shape] = "ring" if ring <= swap else "all_to_all"
+        return plan.choices[self, shape]
 
     def ring(self, plan, heads, kv_heads, head_dim, dtype, *, backward=False):
         """Estimate of mode "ring"."""

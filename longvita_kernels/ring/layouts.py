@@ -165,8 +165,8 @@ def _best_start(documents, row, size, mean, most):
 
     over, stop, laps = excess(begins, area_ends - areas)
     last = np.searchsorted(ends, stop, side="right")
-    last -= stop == begins[last]  # a range that is not reached costs nothing
-    received = entering + steps[last] + laps * steps[-1] - steps
+    last -= stop == begins[last]  # a range that is not reached costs nothing; −1: the last one, before going round
+    received = entering + steps[last] + (laps & (last >= 0)) * steps[-1] - steps
     unit, rest = mean * most, mean * (tokens - size)
     surplus = (area - mean * tokens) * (1 - size / tokens) - over  # what is then left has that much area over its fair share
 

@@ -78,7 +78,7 @@ class ContextParallelPlan:
     def __init__(self, documents, slices, layout, ranks_per_node):
         self.documents, self.slices, self.layout, self.ranks_per_node = documents, slices, layout, ranks_per_node
         self.world_size = len(slices)
-        self._programs, self.agreed = {}, set()  # `agreed`: what ranks have found to be the same, kept by ring_attention
+        self._programs, self.agreed, self.choices = {}, set(), {}  # kept by ring_attention: what ranks found to be the same; modes by cost
 
     # ------------------------------------------------------------------------------------------------------------------------ figures
 
