@@ -23,7 +23,7 @@ from longvita_kernels.ring import all_to_all
 from longvita_kernels.ring.attention import _FACTS
 from tests.ring.support import on_one, shards, tensors, with_gradients
 
-WORLD, SIZES, SECONDS, FACTS = 8, (2, 3, 4, 8), 3, len(_FACTS)
+WORLD, SIZES, SECONDS, FACTS = 8, (2, 3, 4, 8), 5, len(_FACTS)
 SHORT = [(37 * i) % 41 for i in range(150)]  # 0 to 40, several times each
 NAMES = ("out", "lse", "dq", "dk", "dv")
 LONG, WINDOW = {"lengths": [1009]}, {"window_size": (70, -1)}

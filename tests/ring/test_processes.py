@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ring.processes import CASES, SECONDS, SIZES, SLOW
+from tests.ring.processes import CASES, SIZES, SLOW
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,16 +95,15 @@ def test_arguments_are_compared_once_a_plan(quick):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("name", "lost", "others", "limit"), [("hung", 2, 2, SECONDS + 20), ("killed", 7, 7, 60)])
-def test_a_lost_peer_ends_the_others_with_its_name_and_the_step(quick, name, lost, others, limit):
-    """A time-out of 3 s for the one that hangs (and of 120 s for the one that is killed, which is noticed at once); the rest is for a busy
-    machine."""
+@pytest.mark.parametrize(("name", "lost", "others"), [("hung", 2, 2), ("killed", 7, 7)])
+def test_a_lost_peer_ends_the_others_with_its_name_and_the_step(quick, name, lost, others):
+    """The group of the one that hangs has a time-out of 5 s; all others would wait for 120 s, so less than 100 leaves a busy machine time."""
     said = [json.loads((quick[0] / f"{name}-{rank}.json").read_text()) for rank in range(others)]
     for rank, one in enumerate(said):
         step = r"(forward|backward), (keys|gradients) of step \d+: (receiving from|sending to) rank \d"
         form = f"ring_attention, rank {rank} of {others + 1}, {step}"
         assert re.match(form, one["said"]), one["said"]
-        assert one["seconds"] < limit
+        assert one["seconds"] < 100
     assert any(f"from rank {lost} failed; a peer has died, hangs" in one["said"] for one in said), said
 
 
