@@ -97,7 +97,7 @@ def test_arguments_are_compared_once_a_plan(quick):
 @pytest.mark.dist
 @pytest.mark.parametrize(("name", "lost", "others"), [("hung", 2, 2), ("killed", 7, 7)])
 def test_a_lost_peer_ends_the_others_with_its_name_and_the_step(quick, name, lost, others):
-    """The group of the one that hangs has a time-out of 5 s; all others would wait for 120 s, so less than 100 leaves a busy machine time."""
+    """The group of the one that hangs has a time-out of 5 s; all others would wait for 120 s. Less than 100 leaves a busy machine time."""
     said = [json.loads((quick[0] / f"{name}-{rank}.json").read_text()) for rank in range(others)]
     for rank, one in enumerate(said):
         step = r"(forward|backward), (keys|gradients) of step \d+: (receiving from|sending to) rank \d"
