@@ -35,12 +35,13 @@ void check_offsets(const int32_t* cu, int64_t docs, int64_t tokens, const char* 
 struct VarlenProblem : AttentionProblem {
   VarlenProblem(int code, uintptr_t q_, Sizes q_size, Strides q_stride, uintptr_t k_, Sizes k_size, Strides k_stride, uintptr_t v_,
                 Strides v_stride, uintptr_t cu_q_, uintptr_t cu_k_, int64_t offsets, double scale_, int64_t left_, int64_t right_,
-                double softcap_, int threads_) {
+                double softcap_, int threads_, int result_) {
     check(code >= 0 && code <= 2, "varlen_attention: dtype must be float32, bfloat16 or float16");
+    check(result_ == code || result_ == int(DType::f32), "varlen_attention: results come in the dtype of q or in float32");
     check(threads_ >= 1 && offsets >= 1, "varlen_attention: at least one thread and one offset");
     check(q_size[2] == k_size[2] && q_size[2] % 8 == 0 && q_size[2] <= 256, "varlen_attention: head dims must agree, a multiple of 8 up to 256");
     check(scale_ > 0 && softcap_ >= 0, "varlen_attention: scale must be positive, softcap not negative");
-    dtype = DType(code);
+    dtype = DType(code), result = DType(result_);
     q = tensor(q_, dtype, q_size, q_stride, "q");
     k = tensor(k_, dtype, k_size, k_stride, "k");
     v = tensor(v_, dtype, k_size, v_stride, "v");
@@ -132,7 +133,7 @@ class Planner {
 
 // fp32 sums for grad_q beside grad_q itself: only where that is 16 bits wide and some document has more than one partition.
 int64_t partial_floats(const VarlenProblem& p) {
-  if (p.dtype == DType::f32) return 0;
+  if (p.result == DType::f32) return 0;
   for (int64_t d = 0; d < p.docs; ++d) {
     if (const int64_t keys = p.cu_k[d + 1] - p.cu_k[d]; keys > partition_of(keys)) return p.q.tokens * p.q.heads * p.q.dim;
   }
@@ -154,7 +155,7 @@ void forward(const VarlenProblem& p, uintptr_t out, uintptr_t lse, uintptr_t lse
   const Planner plan(p, t, false);
   AttentionForward f;
   f.p = p;
-  f.out = rows3(out, p.dtype, p.q.tokens, p.q.heads, p.q.dim, p.q.heads * p.q.dim, p.q.dim, "out");
+  f.out = rows3(out, p.result, p.q.tokens, p.q.heads, p.q.dim, p.q.heads * p.q.dim, p.q.dim, "out");
   f.lse = pointer<float>(lse, p.q.tokens * p.q.heads, "lse");
   f.lse_rest = pointer<float>(lse_rest, p.q.tokens * p.q.heads, "lse_rest");
   f.tasks = plan.tasks.data(), f.n_tasks = int64_t(plan.tasks.size());
@@ -186,7 +187,7 @@ void backward(const VarlenProblem& p, uintptr_t out, Strides out_stride, uintptr
   std::vector<int32_t> progress(size_t(plan.counters), 0);
   b.tasks = plan.tasks.data(), b.n_tasks = int64_t(plan.tasks.size());
   b.progress = progress.data();
-  b.partial = p.dtype == DType::f32 ? reinterpret_cast<float*>(b.grad_q) : b.scratch + p.threads * t.scratch;
+  b.partial = p.result == DType::f32 ? reinterpret_cast<float*>(b.grad_q) : b.scratch + p.threads * t.scratch;
   attention_kernels().backward(b);
 }
 
@@ -197,7 +198,7 @@ void bind_varlen_attention(py::module_& m) {
   using namespace longvita;
   py::class_<VarlenProblem>(m, "VarlenProblem", "Arguments common to forward and backward, checked once.")
       .def(py::init<int, uintptr_t, Sizes, Strides, uintptr_t, Sizes, Strides, uintptr_t, Strides, uintptr_t, uintptr_t, int64_t, double,
-                    int64_t, int64_t, double, int>());
+                    int64_t, int64_t, double, int, int>());
   m.def("varlen_attention_scratch", &scratch, "floats of scratch that a call needs: problem, backward?");
   m.def("varlen_attention_forward", &forward);
   m.def("varlen_attention_backward", &backward);

@@ -1,7 +1,7 @@
 """Attention, projector and vocabulary-head ops for long vision-language models: CPU native, `torch.compile` and autograd included.
 
-The public functions are in `__all__`. Each lives in `longvita_kernels.ops.<its name>` and is imported when it is first used, so that
-`import longvita_kernels` costs nothing: no torch, no native library, no compiler.
+The public functions are in `__all__`. Each op lives in `longvita_kernels.ops.<its name>`, ring attention in `longvita_kernels.ring`, and
+all are imported when they are first used, so that `import longvita_kernels` costs nothing: no torch, no native library, no compiler.
 """
 
 from importlib import import_module
@@ -15,15 +15,20 @@ __all__ = [
     "masked_lm_head",
     "merge_attention",
     "pixel_shuffle_projection",
+    "plan_context_parallel",
+    "ring_attention",
     "varlen_attention",
 ]
+
+# Names that live elsewhere than in ops.<name>; the class is what plan_context_parallel returns, for annotations.
+_PLACES = {"ContextParallelPlan": "ring.plan", "plan_context_parallel": "ring.plan", "ring_attention": "ring.attention"}
 
 _SUBMODULES = ("backends", "native", "spec", "testing")
 
 
 def __getattr__(name):
-    if name in __all__:
-        value = getattr(import_module(f"{__name__}.ops.{name}"), name)
+    if name in __all__ or name in _PLACES:
+        value = getattr(import_module(f"{__name__}.{_PLACES.get(name, f'ops.{name}')}"), name)
     elif name in _SUBMODULES:
         value = import_module(f"{__name__}.{name}")
     else:
@@ -33,4 +38,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    return sorted({*globals(), *__all__, *_PLACES, *_SUBMODULES})

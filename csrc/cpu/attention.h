@@ -11,6 +11,7 @@ namespace longvita {
 
 struct AttentionProblem {
   DType dtype = DType::f32;
+  DType result = DType::f32;            // of out and of the gradients: dtype, or f32 for parts that are added up later
   Rows3 q, k, v;
   const int32_t* cu_q = nullptr;        // docs + 1 offsets
   const int32_t* cu_k = nullptr;
@@ -66,7 +67,7 @@ struct AttentionBackward {
   const float* grad_lse = nullptr;          // may be null: zeros
   int64_t lse_stride_head = 0, lse_stride_token = 0, grad_lse_stride_head = 0, grad_lse_stride_token = 0;
   char *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;      // dense; null: not wanted
-  float* partial = nullptr;                 // (Tq, Hq, D): sums for grad_q of documents with several partitions; may be grad_q itself
+  float* partial = nullptr;                 // (Tq, Hq, D): sums for grad_q of documents with several partitions; fp32 grad_q itself holds them
   int32_t* progress = nullptr;              // zeros
   const AttentionTask* tasks = nullptr;
   int64_t n_tasks = 0;

@@ -200,7 +200,7 @@ void write_keys(const AttentionBackward& b, const Unit& u, int64_t key0, int64_t
 
 // Adds a panel's share of dq to what earlier partitions left in `partial` (row-major fp32, where not the first), and leaves it there, or, as
 // the last, scales and rounds it into grad_q.
-template <class Op, class T>
+template <class T>
 void add_grad_q(const AttentionBackward& b, const Panel& panel, const float* share, int64_t dim, bool first, bool last) {
   const float scale = float(b.p.scale);
   for (int v = 0; v < panel.vectors; ++v) {
@@ -238,6 +238,8 @@ void backward_partition(const AttentionBackward& b, const Unit& u, int64_t part,
   const Wanted want = {b.grad_q != nullptr, b.grad_k != nullptr || b.grad_v != nullptr};
   const int64_t partition = partition_of(u.keys()), key_begin = part * partition, key_count = std::min(partition, u.keys() - key_begin);
   const int64_t block = s.panels * kLanes;
+  const bool fp32 = b.p.result == DType::f32;
+  const auto add = fp32 ? &add_grad_q<float> : &add_grad_q<T>;
   keys = even_piece(key_count, keys);
   Panel panels[kMaxPanels];
   load_partition<Op, T>(b, u, key_begin, key_count, s, want);
@@ -257,12 +259,13 @@ void backward_partition(const AttentionBackward& b, const Unit& u, int64_t part,
     }
     if (!want.q) continue;
     if (part > first) wait_for(progress + i, int32_t(part - first));
-    for (int p = 0; p < count; ++p) add_grad_q<Op, T>(b, panels[p], s.grad_q + p * s.dim * kLanes, s.dim, part == first, part == last);
+    for (int p = 0; p < count; ++p) add(b, panels[p], s.grad_q + p * s.dim * kLanes, s.dim, part == first, part == last);
     if (part < last) __atomic_store_n(progress + i, int32_t(part - first + 1), __ATOMIC_RELEASE);
   }
   if (want.kv) {
-    write_keys<T>(b, u, key_begin, key_count, s.grad_k, s.wide, float(b.p.scale), b.grad_k);
-    write_keys<T>(b, u, key_begin, key_count, s.grad_v, s.wide, 1.0f, b.grad_v);
+    const auto write = fp32 ? &write_keys<float> : &write_keys<T>;
+    write(b, u, key_begin, key_count, s.grad_k, s.wide, float(b.p.scale), b.grad_k);
+    write(b, u, key_begin, key_count, s.grad_v, s.wide, 1.0f, b.grad_v);
   }
 }
 

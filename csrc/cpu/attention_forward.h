@@ -177,7 +177,8 @@ void forward_block(const AttentionForward& f, const Unit& u, int64_t row_begin, 
     }
   }
   for (int i = 0; i < count; ++i) {
-    finish_panel<T>(f, panels[i], scaling, s.top + i * kLanes, s.sum + i * kLanes, s.out + i * dim * kLanes, first[i]);
+    const auto finish = p.result == DType::f32 ? &finish_panel<float> : &finish_panel<T>;
+    finish(f, panels[i], scaling, s.top + i * kLanes, s.sum + i * kLanes, s.out + i * dim * kLanes, first[i]);
   }
 }
 

@@ -177,16 +177,19 @@ def native_cannot(*, softmax_scale=None, **_):
     return None if softmax_scale is None or softmax_scale > 0 else "the native kernel takes a positive softmax_scale only"
 
 
-def _forward_impl(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, *, only_out=False):
-    """out, lse and its rest; `only_out`: just out (not for the dispatcher), with lse in the scratch."""
+def _forward_impl(
+    q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, *, only_out=False, result=None
+):  # fmt: skip
+    """out, lse and its rest. Not for the dispatcher: `only_out`: just out, with lse in the scratch; `result`: the dtype of out, that of q
+    or float32 (for parts that are added up later)."""
     _check_longest(cu_q, cu_k, max_q, max_k)
     if backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale)) == "reference":
         _check_offsets(q, k, cu_q, cu_k)  # the native kernel does so itself
-        out, lse = _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
+        out, lse = _common.run_reference(_as_reference, *_widened(result, q, k, v), cu_q, cu_k, scale, left, right, softcap)
         return out if only_out else (out, lse, torch.zeros_like(lse))
     threads, kernels = torch.get_num_threads(), native.load()
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
-    problem = _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads)
+    problem = _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads, result)
     size = kernels.varlen_attention_scratch(problem, False)
     if only_out:
         out, rows = _common.dense_like(q), q.shape[0] * q.shape[1]
@@ -194,22 +197,27 @@ def _forward_impl(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap
         at = scratch.data_ptr()
         kernels.varlen_attention_forward(problem, out.data_ptr(), at + 4 * size, at + 4 * (size + rows), at, size)
         return out
-    out, lse, lse_rest = _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
+    out, lse, lse_rest = _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, result)
     scratch = torch.empty(size, dtype=torch.float32)
     kernels.varlen_attention_forward(problem, out.data_ptr(), lse.data_ptr(), lse_rest.data_ptr(), scratch.data_ptr(), size)
     return out, lse, lse_rest
 
 
-def _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads):
+def _widened(result, *tensors):
+    return tensors if result is None else tuple(tensor.to(torch.promote_types(tensor.dtype, result)) for tensor in tensors)
+
+
+def _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads, result=None):
     return native.load().VarlenProblem(
         native.dtype_code(q.dtype), q.data_ptr(), q.shape, q.stride(), k.data_ptr(), k.shape, k.stride(), v.data_ptr(), v.stride(),
         cu_q.data_ptr(), cu_k.data_ptr(), len(cu_q), scale, left, right, softcap, threads,
+        native.dtype_code(result or q.dtype),
     )  # fmt: skip
 
 
-def _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic):
+def _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, result=None):
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=_common.compute_dtype(q))
-    return q.new_empty(q.shape), lse, torch.empty_like(lse)
+    return q.new_empty(q.shape, dtype=result), lse, torch.empty_like(lse)
 
 
 def _backward_impl(
@@ -221,12 +229,18 @@ def _backward_impl(
             return _as_reference(q, k, v, cu_q, cu_k, scale, left, right, softcap)
 
         return _common.reference_gradients(definition, (q, k, v), needs, (grad_out, grad_lse))
-    grads = _empty_gradients((q, k, v), needs)
+    return native_backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, needs)
+
+
+def native_backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, needs, *, result=None):
+    """The gradients, in q's dtype or in `result`, float32. out and lse may be those of more keys than these (ring attention's): then these
+    are the keys' shares of the gradients. lse_rest has the strides of lse."""
+    grads = _empty_gradients((q, k, v), needs, result)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     threads, kernels = torch.get_num_threads(), native.load()
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
-    problem = _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads)
+    problem = _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads, result)
     scratch = torch.empty(kernels.varlen_attention_scratch(problem, True), dtype=torch.float32)
     kernels.varlen_attention_backward(
         problem, out.data_ptr(), out.stride(), lse.data_ptr(), lse_rest.data_ptr(), lse.stride(), grad_out.data_ptr(), grad_out.stride(),
@@ -242,8 +256,8 @@ def _backward_fake(
     return _empty_gradients((q, k, v), needs)
 
 
-def _empty_gradients(inputs, needs):
-    return tuple(x.new_empty(x.shape) if need else _common.absent(x) for x, need in zip(inputs, needs, strict=True))
+def _empty_gradients(inputs, needs, result=None):
+    return tuple(x.new_empty(x.shape, dtype=result) if need else _common.absent(x) for x, need in zip(inputs, needs, strict=True))
 
 
 def _setup_context(ctx, inputs, output):

@@ -129,8 +129,10 @@ def test_importing_the_package_loads_nothing():
 def test_every_public_name_is_a_function_of_its_own_module():
     for name in longvita_kernels.__all__:
         function = getattr(longvita_kernels, name)
-        assert function.__module__ == f"longvita_kernels.ops.{name}" and function.__doc__
-    assert set(longvita_kernels.__all__) <= set(dir(longvita_kernels))
+        place = longvita_kernels._PLACES.get(name, f"ops.{name}")
+        assert function.__module__ == f"longvita_kernels.{place}" and function.__doc__
+    assert {*longvita_kernels.__all__, "ContextParallelPlan"} <= set(dir(longvita_kernels))
+    assert type(longvita_kernels.plan_context_parallel([0, 1], 1)) is longvita_kernels.ContextParallelPlan
     with pytest.raises(AttributeError, match="no attribute 'flash_attention'; it has append_kv"):
         longvita_kernels.flash_attention  # noqa: B018
 

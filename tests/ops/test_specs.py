@@ -233,7 +233,7 @@ def test_autocast_casts_what_the_spec_says(spec, backend):
 
 
 def test_every_public_op_has_a_spec():
-    assert set(all_specs()) == set(longvita_kernels.__all__)
+    assert set(all_specs()) == set(longvita_kernels.__all__) - {"plan_context_parallel", "ring_attention"}  # tests/ring has these
 
 
 @each_spec

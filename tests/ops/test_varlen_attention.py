@@ -271,7 +271,7 @@ def test_the_binding_checks_by_itself():
         strides = (32, 32, 1)
         pointer = q.data_ptr() if pointer is None else pointer
         return kernels.VarlenProblem(code, pointer, shape, strides, pointer, shape, strides, pointer, strides, cu.data_ptr(), cu.data_ptr(),
-                                     len(cu), 1.0, -1, -1, 0.0, threads)  # fmt: skip
+                                     len(cu), 1.0, -1, -1, 0.0, threads, code)  # fmt: skip
 
     good = torch.tensor([0, 4], dtype=torch.int32)
     for match, arguments in {

@@ -1,0 +1,78 @@
+"""Tensors between the ranks of a group, point to point, under way while something else is computed.
+
+`of(group)` gives what the ring needs of a torch.distributed group (gloo on CPUs, NCCL on GPUs): `rank`, `size`, `name`, `eager` and
+`exchange`. An object that has these itself is taken as it is: tests run many ranks in one process that way, the benchmark uses CUDA IPC.
+"""
+
+import torch.distributed as dist
+
+
+def of(group):
+    """The transport of a process group; of the default group for None."""
+    return group if hasattr(group, "exchange") else ProcessGroup(group)
+
+
+class ProcessGroup:
+    """A torch.distributed group."""
+
+    def __init__(self, group=None):
+        if not dist.is_available() or not dist.is_initialized():
+            raise ValueError("there is no process group; call torch.distributed.init_process_group first, and run one process a rank")
+        self.group = dist.group.WORLD if group is None else group
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if self.rank < 0:
+            raise ValueError("this process is no member of the group that it was given; only its members take part")
+
+        # NCCL runs what it is given one after the other: a send that is received much later would hold up everything behind it
+        self.eager = dist.get_backend(self.group) == "gloo"
+
+    @property
+    def name(self):
+        return self.group.group_name
+
+    def exchange(self, step, sends, receives, tag=0):
+        """Start all transfers and return at once. sends, receives: [(peer, dense tensor)].
+
+        `step` is what an error calls it; `tag` tells apart what two ranks have under way at a time. Where the group is not `eager`, both
+        sides must call it in the same order. The tensors must stay as they are until `finish`.
+        """
+        operations = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer, tag=tag) for peer, tensor in receives]
+        operations += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer, tag=tag) for peer, tensor in sends]
+        what = [f"receiving from rank {peer}" for peer, _ in receives] + [f"sending to rank {peer}" for peer, _ in sends]
+        if not operations:
+            return Transfers(self, step, [], [])
+        try:
+            works = dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.failed(step, ', '.join(what))}: {error}") from error
+        if len(works) != len(what):  # NCCL gives one for all
+            return Transfers(self, step, [(work, ", ".join(what)) for work in works], [])
+        pairs = list(zip(works, what, strict=True))
+        return Transfers(self, step, pairs[: len(receives)], pairs[len(receives) :])
+
+    def failed(self, step, what):
+        return f"ring_attention, rank {self.rank} of {self.size}, {step}: {what} failed; a peer has died, hangs, or called something else"
+
+
+class Transfers:
+    """What `exchange` began: [(work, what an error calls it)]."""
+
+    def __init__(self, group, step, receives, sends):
+        self._group, self._step, self._receives, self._sends = group, step, receives, sends
+
+    def wait(self):
+        """Until everything has arrived. RuntimeError, naming peer and step, when a peer is gone or the group's time-out is over."""
+        self._receives = self._finish(self._receives)
+
+    def finish(self):
+        """Until everything has left: the tensors that were sent may change again."""
+        self.wait()
+        self._sends = self._finish(self._sends)
+
+    def _finish(self, works):
+        for work, what in works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise RuntimeError(f"{self._group.failed(self._step, what)}: {error}") from error
+        return []
