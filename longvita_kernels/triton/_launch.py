@@ -21,6 +21,9 @@ class Blocks(NamedTuple):
     per_sm: int = 2
 
 
+INTERPRETER_BLOCKS = Blocks(32, 16, 4, 1, 2)
+
+
 @functools.cache
 def capability(device):
     """10 · major + minor of a GPU; 0 where the interpreter runs the kernels on CPU tensors."""
@@ -40,9 +43,14 @@ def programs(device, items, per_sm):
     return max(1, min(items, per_sm * _multiprocessors(device)))
 
 
-def by_capability(table, wanted):
-    """table[capability], of the newest architecture in the table that is not newer than `wanted`."""
-    return table[max((key for key in table if key <= wanted), default=min(table))]
+def blocks(table, capability, key):
+    """table[capability][key] of the newest architecture in the table that has it and is not newer than `capability`.
+
+    The interpreter (capability 0) gets small tiles, so that small samples have many of them.
+    """
+    if capability == 0:
+        return INTERPRETER_BLOCKS
+    return table[max(known for known in table if known <= capability and key in table[known])][key]
 
 
 def power_of_2(size):
