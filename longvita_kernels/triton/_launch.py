@@ -53,6 +53,11 @@ def blocks(table, capability, key):
     return table[max(known for known in table if known <= capability and key in table[known])][key]
 
 
+def by_capability(table, wanted):
+    """table[capability], of the newest architecture in the table that is not newer than `wanted`."""
+    return table[max((key for key in table if key <= wanted), default=min(table))]
+
+
 def power_of_2(size):
     """The smallest power of 2 that holds `size`, at least 16: what tl.dot and tl.arange ask for."""
     return max(16, triton.next_power_of_2(size))

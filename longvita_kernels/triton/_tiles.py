@@ -55,7 +55,7 @@ def visible_range(first, last, offset, left, right, length):
 
 @triton.jit
 def full_range(first, last, offset, left, right, length, low, high, BLOCK: tl.constexpr):
-    """(begin, a, b): blocks of columns from begin to a and from b on need a mask, those between a and b are seen by every row.
+    """(begin, a, b): columns from begin to a and from b on need a mask, those between a and b are seen by every row in first … last.
 
     begin, a and b are multiples of BLOCK."""
     begin = low // BLOCK * BLOCK
@@ -66,12 +66,27 @@ def full_range(first, last, offset, left, right, length, low, high, BLOCK: tl.co
 
 
 @triton.jit
-def load_rows(ptr, row, stride, length, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Rows (R,) of DIM elements as (R, BLOCK_DIM), zeros beyond; MASKED: rows from `length` on are zeros and are not read."""
-    column = tl.arange(0, BLOCK_DIM)[None, :]
-    at = ptr + row.to(tl.int64)[:, None] * stride + column
+def block_count(begin, a, b, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Blocks of columns that need a mask, or those that do not (between a and b)."""
+    return (a - begin) // BLOCK + tl.maximum(tl.cdiv(end - b, BLOCK), 0) if MASKED else (b - a) // BLOCK
+
+
+@triton.jit
+def block_start(number, begin, a, b, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """First column of one of those blocks. Both ends go through one masked loop: a second copy of it costs registers."""
+    start = (begin if MASKED else a) + number * BLOCK
+    return tl.where(start < a, start, start - a + b) if MASKED else start
+
+
+@triton.jit
+def load_rows(ptr, first, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Rows first, first + 1, … of DIM elements as (ROWS, BLOCK_DIM), zeros beyond DIM; MASKED: and from row `length` on, which are not read.
+
+    Addresses inside a tile are 32-bit: launchers see to it that ROWS · stride fits."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]
+    at = ptr + tl.cast(first, tl.int64) * stride + (row * stride + column)
     if MASKED:
-        values = tl.load(at, mask=(row[:, None] < length) & (column < DIM), other=0.0)
+        values = tl.load(at, mask=(row < length - first) & (column < DIM), other=0.0)
     elif DIM != BLOCK_DIM:
         values = tl.load(at, mask=column < DIM, other=0.0)
     else:
@@ -80,11 +95,11 @@ def load_rows(ptr, row, stride, length, DIM: tl.constexpr, BLOCK_DIM: tl.constex
 
 
 @triton.jit
-def store_rows(ptr, values, row, stride, length, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ADD: tl.constexpr):
-    """Write (R, BLOCK_DIM) in the tensor's dtype; ADD: on top of what stands there, in float32."""
-    column = tl.arange(0, BLOCK_DIM)[None, :]
-    at = ptr + row.to(tl.int64)[:, None] * stride + column
-    mask = (row[:, None] < length) & (column < DIM)
+def store_rows(ptr, values, first, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ADD: tl.constexpr):
+    """Write (ROWS, BLOCK_DIM) in the tensor's dtype; ADD: on top of what stands there, in float32."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]
+    at = ptr + tl.cast(first, tl.int64) * stride + (row * stride + column)
+    mask = (row < length - first) & (column < DIM)
     if ADD:
         values += tl.load(at, mask=mask, other=0.0).to(tl.float32)
     tl.store(at, values.to(ptr.dtype.element_ty), mask=mask)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from longvita_kernels.triton._tiles import (
-    COUNTS, LOG2E, document_of, extent, first_row, full_range, load_rows, store_rows, tanh, visible_range, work_item,
+    COUNTS, LOG2E, block_count, block_start, document_of, extent, first_row, full_range, load_rows, store_rows, tanh, visible_range, work_item,
 )  # fmt: skip
 
 
@@ -69,14 +69,18 @@ def _row_stats(stats_at, row, rows, length, REST: tl.constexpr):
 
 @triton.jit
 def _through_queries(
-    dk, dv, k, v, q_ptr, grad_ptr, q_stride, grad_stride, stats_at, rows, column, begin, end, length, offset, left, right, scale2, cap,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, M: tl.constexpr, SOFTCAP: tl.constexpr, REST: tl.constexpr, NEED_K: tl.constexpr,
-    NEED_V: tl.constexpr, HAS_GRAD: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k, v, q_ptr, grad_ptr, stats_ptr, q_stride, q_head, grad_stride, grad_head, queries, rows,
+    column, begin, a, b, end, length, offset, left, right, scale2, cap,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, M: tl.constexpr, SOFTCAP: tl.constexpr, REST: tl.constexpr,
+    NEED_K: tl.constexpr, NEED_V: tl.constexpr, HAS_GRAD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries begin ≤ i < end give to dk (N, D) and dv (N, D) of a key tile; everything stands transposed, (N, M)."""
-    for start in tl.range(begin, end, M):
+    """Add what the queries of a group's heads give to dk (N, D) and dv (N, D) of a key tile; everything stands transposed, (N, M)."""
+    count = block_count(begin, a, b, end, M, MASKED)
+    for step in tl.range(count * GROUP):  # heads and blocks in one loop: short documents have one block, and loads run ahead across heads
+        member, start = tl.cast(step // count, tl.int64), block_start(step % count, begin, a, b, M, MASKED)
         row = start + tl.arange(0, M)
-        q = load_rows(q_ptr, row, q_stride, length, DIM, BLOCK_DIM, MASKED)
+        q = load_rows(q_ptr + member * q_head, start, q_stride, length, M, DIM, BLOCK_DIM, MASKED)
+        stats_at = stats_ptr + member * queries
         lse2, rest, delta = _row_stats(stats_at, row, rows, length, REST)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         weights, slope = _weights(scores, lse2[None, :], rest[None, :], scale2, cap, SOFTCAP, REST)
@@ -85,7 +89,7 @@ def _through_queries(
             weights = tl.where((distance >= -left) & (distance <= right), weights, 0.0)
         dweights = tl.zeros_like(weights) - delta[None, :]
         if HAS_GRAD:
-            grad = load_rows(grad_ptr, row, grad_stride, length, DIM, BLOCK_DIM, MASKED).to(q.dtype)
+            grad = load_rows(grad_ptr + member * grad_head, start, grad_stride, length, M, DIM, BLOCK_DIM, MASKED).to(q.dtype)
             if NEED_V:
                 dv = tl.dot(weights.to(q.dtype), grad, dv, input_precision="ieee")
             if NEED_K:
@@ -105,7 +109,6 @@ def keys_kernel(
     n_docs, queries, keys, rows, steps, items, turns, left, right, scale, scale2, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     SOFTCAP: tl.constexpr, REST: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, HAS_GRAD: tl.constexpr, ADD: tl.constexpr,
-    LEADING: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of key tiles: over the queries that see them, of all heads of the group."""
     rows = rows.to(tl.int64)
@@ -125,45 +128,42 @@ def keys_kernel(
                 begin, a, b = full_range(first, last, -offset, right, left, length_q, low, high, M)
                 k_at = k_ptr + start_k.to(tl.int64) * k_stride + kv_head * k_head
                 v_at = v_ptr + start_k.to(tl.int64) * v_stride + kv_head * v_head
-                k = load_rows(k_at, column, k_stride, length_k, DIM, BLOCK_DIM, True)
-                v = load_rows(v_at, column, v_stride, length_k, DIM, BLOCK_DIM, True)
+                k = load_rows(k_at, first, k_stride, length_k, N, DIM, BLOCK_DIM, True)
+                v = load_rows(v_at, first, v_stride, length_k, N, DIM, BLOCK_DIM, True)
                 dk, dv = tl.zeros([N, BLOCK_DIM], tl.float32), tl.zeros([N, BLOCK_DIM], tl.float32)
-                for member in range(GROUP):
-                    head = kv_head * GROUP + member
-                    q_at = q_ptr + start_q.to(tl.int64) * q_stride + head * q_head
-                    grad_at = grad_ptr + start_q.to(tl.int64) * grad_stride + head * grad_head
-                    stats_at = stats_ptr + head * queries + start_q
-                    if LEADING:
-                        dk, dv = _through_queries(
-                            dk, dv, k, v, q_at, grad_at, q_stride, grad_stride, stats_at, rows, column, begin, a, length_q, offset, left,
-                            right, scale2, cap, DIM, BLOCK_DIM, M, SOFTCAP, REST, NEED_K, NEED_V, HAS_GRAD, True,
-                        )  # fmt: skip
-                    dk, dv = _through_queries(
-                        dk, dv, k, v, q_at, grad_at, q_stride, grad_stride, stats_at, rows, column, a, b, length_q, offset, left,
-                        right, scale2, cap, DIM, BLOCK_DIM, M, SOFTCAP, REST, NEED_K, NEED_V, HAS_GRAD, False,
-                    )  # fmt: skip
-                    dk, dv = _through_queries(
-                        dk, dv, k, v, q_at, grad_at, q_stride, grad_stride, stats_at, rows, column, b, high, length_q, offset, left,
-                        right, scale2, cap, DIM, BLOCK_DIM, M, SOFTCAP, REST, NEED_K, NEED_V, HAS_GRAD, True,
-                    )  # fmt: skip
+                head = kv_head * GROUP
+                q_at = q_ptr + start_q.to(tl.int64) * q_stride + head * q_head
+                grad_at = grad_ptr + start_q.to(tl.int64) * grad_stride + head * grad_head
+                stats_at = stats_ptr + head * queries + start_q
+                dk, dv = _through_queries(
+                    dk, dv, k, v, q_at, grad_at, stats_at, q_stride, q_head, grad_stride, grad_head, queries, rows, column, begin, a, b,
+                    high, length_q, offset, left, right, scale2, cap, GROUP, DIM, BLOCK_DIM, M, SOFTCAP, REST, NEED_K, NEED_V, HAS_GRAD,
+                    False,
+                )  # fmt: skip
+                dk, dv = _through_queries(
+                    dk, dv, k, v, q_at, grad_at, stats_at, q_stride, q_head, grad_stride, grad_head, queries, rows, column, begin, a, b,
+                    high, length_q, offset, left, right, scale2, cap, GROUP, DIM, BLOCK_DIM, M, SOFTCAP, REST, NEED_K, NEED_V, HAS_GRAD,
+                    True,
+                )  # fmt: skip
                 if NEED_K:
                     at = dk_ptr + start_k.to(tl.int64) * dk_stride + kv_head * dk_head
-                    store_rows(at, dk * scale, column, dk_stride, length_k, DIM, BLOCK_DIM, ADD)
+                    store_rows(at, dk * scale, first, dk_stride, length_k, N, DIM, BLOCK_DIM, ADD)
                 if NEED_V:
                     at = dv_ptr + start_k.to(tl.int64) * dv_stride + kv_head * dv_head
-                    store_rows(at, dv, column, dv_stride, length_k, DIM, BLOCK_DIM, ADD)
+                    store_rows(at, dv, first, dv_stride, length_k, N, DIM, BLOCK_DIM, ADD)
 
 
 @triton.jit
 def _through_keys(
-    dq, q, grad, lse2, rest, delta, k_ptr, v_ptr, k_stride, v_stride, row, begin, end, length, offset, left, right, scale2, cap,
+    dq, q, grad, lse2, rest, delta, k_ptr, v_ptr, k_stride, v_stride, row, begin, a, b, end, length, offset, left, right, scale2, cap,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, N: tl.constexpr, SOFTCAP: tl.constexpr, REST: tl.constexpr, HAS_GRAD: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys begin ≤ j < end give to dq (M, D) of a query tile."""
-    for start in tl.range(begin, end, N):
+    for number in tl.range(block_count(begin, a, b, end, N, MASKED)):
+        start = block_start(number, begin, a, b, N, MASKED)
         column = start + tl.arange(0, N)
-        k = load_rows(k_ptr, column, k_stride, length, DIM, BLOCK_DIM, MASKED)
+        k = load_rows(k_ptr, start, k_stride, length, N, DIM, BLOCK_DIM, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         weights, slope = _weights(scores, lse2[:, None], rest[:, None], scale2, cap, SOFTCAP, REST)
         if MASKED:
@@ -171,7 +171,7 @@ def _through_keys(
             weights = tl.where((distance >= -left) & (distance <= right) & (column < length)[None, :], weights, 0.0)
         dweights = tl.zeros_like(weights) - delta[:, None]
         if HAS_GRAD:
-            v = load_rows(v_ptr, column, v_stride, length, DIM, BLOCK_DIM, MASKED)
+            v = load_rows(v_ptr, start, v_stride, length, N, DIM, BLOCK_DIM, MASKED)
             dweights = tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None]
         dscores = weights * dweights
         if SOFTCAP:
@@ -186,7 +186,7 @@ def queries_kernel(
     q_stride, q_head, k_stride, k_head, v_stride, v_head, grad_stride, grad_head, dq_stride, dq_head,
     n_docs, queries, keys, rows, steps, items, turns, left, right, scale, scale2, cap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SOFTCAP: tl.constexpr, REST: tl.constexpr, HAS_GRAD: tl.constexpr, ADD: tl.constexpr, LEADING: tl.constexpr,
+    SOFTCAP: tl.constexpr, REST: tl.constexpr, HAS_GRAD: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dq of query tiles: over the keys that they see."""
     rows = rows.to(tl.int64)
@@ -203,27 +203,23 @@ def queries_kernel(
                 last = tl.minimum(first + M, length_q) - 1
                 low, high = visible_range(first, last, offset, left, right, length_k)
                 begin, a, b = full_range(first, last, offset, left, right, length_k, low, high, N)
-                q = load_rows(q_ptr + start_q.to(tl.int64) * q_stride + head * q_head, row, q_stride, length_q, DIM, BLOCK_DIM, True)
+                q_at = q_ptr + start_q.to(tl.int64) * q_stride + head * q_head
+                q = load_rows(q_at, first, q_stride, length_q, M, DIM, BLOCK_DIM, True)
                 grad = q
                 if HAS_GRAD:
                     grad_at = grad_ptr + start_q.to(tl.int64) * grad_stride + head * grad_head
-                    grad = load_rows(grad_at, row, grad_stride, length_q, DIM, BLOCK_DIM, True).to(q.dtype)
+                    grad = load_rows(grad_at, first, grad_stride, length_q, M, DIM, BLOCK_DIM, True).to(q.dtype)
                 lse2, rest, delta = _row_stats(stats_ptr + head * queries + start_q, row, rows, length_q, REST)
                 k_at = k_ptr + start_k.to(tl.int64) * k_stride + head // GROUP * k_head
                 v_at = v_ptr + start_k.to(tl.int64) * v_stride + head // GROUP * v_head
                 dq = tl.zeros([M, BLOCK_DIM], tl.float32)
-                if LEADING:
-                    dq = _through_keys(
-                        dq, q, grad, lse2, rest, delta, k_at, v_at, k_stride, v_stride, row, begin, a, length_k, offset, left, right,
-                        scale2, cap, DIM, BLOCK_DIM, N, SOFTCAP, REST, HAS_GRAD, True,
-                    )  # fmt: skip
                 dq = _through_keys(
-                    dq, q, grad, lse2, rest, delta, k_at, v_at, k_stride, v_stride, row, a, b, length_k, offset, left, right,
+                    dq, q, grad, lse2, rest, delta, k_at, v_at, k_stride, v_stride, row, begin, a, b, high, length_k, offset, left, right,
                     scale2, cap, DIM, BLOCK_DIM, N, SOFTCAP, REST, HAS_GRAD, False,
                 )  # fmt: skip
                 dq = _through_keys(
-                    dq, q, grad, lse2, rest, delta, k_at, v_at, k_stride, v_stride, row, b, high, length_k, offset, left, right,
+                    dq, q, grad, lse2, rest, delta, k_at, v_at, k_stride, v_stride, row, begin, a, b, high, length_k, offset, left, right,
                     scale2, cap, DIM, BLOCK_DIM, N, SOFTCAP, REST, HAS_GRAD, True,
                 )  # fmt: skip
                 at = dq_ptr + start_q.to(tl.int64) * dq_stride + head * dq_head
-                store_rows(at, dq * scale, row, dq_stride, length_q, DIM, BLOCK_DIM, ADD)
+                store_rows(at, dq * scale, first, dq_stride, length_q, M, DIM, BLOCK_DIM, ADD)
