@@ -11,7 +11,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Arguments that change from batch to batch: no kernel is compiled anew for their values.
-COUNTS = ("n_docs", "queries", "keys", "rows", "columns", "tokens", "steps", "slots", "items", "turns", "left", "right")
+COUNTS = ("n_docs", "queries", "keys", "rows", "columns", "tokens", "steps", "slots", "items", "turns", "left", "right",
+          "batch", "capacity", "blocks", "table_stride")
 
 
 @triton.jit
@@ -21,13 +22,15 @@ def bounded(ptr, index, low, high):
 
 
 @triton.jit
-def document_of(slot, cu_ptr, n_docs, total, steps, BLOCK: tl.constexpr):
-    """The document that a tile slot (or a vector of slots) belongs to, by binary search; 2 ** steps > n_docs."""
+def document_of(slot, cu_ptr, n_docs, total, steps, BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr = 1):
+    """The document that a tile slot (or a vector of slots) belongs to, by binary search; 2 ** steps > n_docs.
+
+    PER_TOKEN: rows of a tile that a token stands for."""
     low = slot * 0
     high = low + n_docs - 1
     for _ in range(steps):
         middle = (low + high + 1) // 2
-        first_slot = bounded(cu_ptr, middle, 0, total) // BLOCK + middle
+        first_slot = bounded(cu_ptr, middle, 0, total) * PER_TOKEN // BLOCK + middle
         low = tl.where(first_slot <= slot, middle, low)
         high = tl.where(first_slot <= slot, high, middle - 1)
     return low
