@@ -21,11 +21,15 @@ def cache_row(sequence, position, table_ptr, table_stride, blocks, block_size, i
 
 
 @triton.jit
-def from_float8(codes):
+def from_float8(codes, NATIVE: tl.constexpr):
     """float8_e4m3fn (as uint8) → float16, exactly: the same bits with an exponent bias of 15 instead of 7."""
-    wide = codes.to(tl.int16)
-    value = (((wide & 0x7F) << 7) | ((wide & 0x80) << 8)).to(tl.float16, bitcast=True) * 256.0
-    return tl.where((wide & 0x7F) == 0x7F, float("nan"), value).to(tl.float16)
+    if NATIVE:
+        result = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        wide = codes.to(tl.int16)
+        value = (((wide & 0x7F) << 7) | ((wide & 0x80) << 8)).to(tl.float16, bitcast=True) * 256.0
+        result = tl.where((wide & 0x7F) == 0x7F, float("nan"), value).to(tl.float16)
+    return result
 
 
 @triton.jit

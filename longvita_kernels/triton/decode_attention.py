@@ -33,7 +33,7 @@ def _codes(ptr, block, slot, block_stride, stride, inside, DIM: tl.constexpr, BL
     """Keys or values (N, BLOCK_DIM) at their places in the cache."""
     column = tl.arange(0, BLOCK_DIM)[None, :]
     codes = tl.load(ptr + (block * block_stride + slot * stride)[:, None] + column, mask=inside[:, None] & (column < DIM), other=0)
-    return from_float8(codes) if FP8 else codes
+    return from_float8(codes, FP8 == 2) if FP8 > 0 else codes
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -69,17 +69,17 @@ def decode_kernel(
                 begin, end = low + split * part, tl.minimum(low + split * part + part, high)
                 peak, total = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
                 acc = tl.zeros([M, BLOCK_DIM], tl.float32)
-                kv_head = kv_head.to(tl.int64)
+                at_kv = kv_head.to(tl.int64)
                 for at in tl.range(begin, end, N):
                     key = at + tl.arange(0, N)
                     inside = key < end
                     block, place = cache_row(sequence, key, table_ptr, table_stride, blocks, block_size, inside, PAGED)
                     inside = inside & (block >= 0)
-                    k = _codes(k_ptr + kv_head * k_head, block, place, k_block, k_stride, inside, DIM, BLOCK_DIM, FP8).to(q.dtype)
-                    v = _codes(v_ptr + kv_head * v_head, block, place, v_block, v_stride, inside, DIM, BLOCK_DIM, FP8).to(q.dtype)
+                    k = _codes(k_ptr + at_kv * k_head, block, place, k_block, k_stride, inside, DIM, BLOCK_DIM, FP8).to(q.dtype)
+                    v = _codes(v_ptr + at_kv * v_head, block, place, v_block, v_stride, inside, DIM, BLOCK_DIM, FP8).to(q.dtype)
                     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
                     if QUANTISED:
-                        scale_at = k_scale_ptr + kv_head * k_scale_head + block * k_scale_block + place * k_scale_stride
+                        scale_at = k_scale_ptr + at_kv * k_scale_head + block * k_scale_block + place * k_scale_stride
                         scores *= tl.load(scale_at, mask=inside, other=0.0)[None, :]
                     if SOFTCAP:
                         scores = tanh(scores * cap)
@@ -91,16 +91,16 @@ def decode_kernel(
                     weights, shrink = tl.exp2(scores - base[:, None]), tl.exp2(peak - base)
                     total = total * shrink + tl.sum(weights, 1)
                     if QUANTISED:
-                        scale_at = v_scale_ptr + kv_head * v_scale_head + block * v_scale_block + place * v_scale_stride
+                        scale_at = v_scale_ptr + at_kv * v_scale_head + block * v_scale_block + place * v_scale_stride
                         weights *= tl.load(scale_at, mask=inside, other=0.0)[None, :]
                     acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
                     peak = new_peak
                 blind = total == 0
                 safe = tl.where(blind, 1.0, total)
                 lse = tl.where(blind, float("-inf"), (peak + tl.log2(safe)) * LN2)
-                split = split.to(tl.int64)
-                tl.store(lse_ptr + (split * HEADS + head) * tokens + token, lse, mask=there)
-                out_at = out_ptr + ((split * tokens + token) * HEADS + head)[:, None] * DIM + column
+                wide = split.to(tl.int64)
+                tl.store(lse_ptr + (wide * HEADS + head) * tokens + token, lse, mask=there)
+                out_at = out_ptr + ((wide * tokens + token) * HEADS + head)[:, None] * DIM + column
                 tl.store(out_at, (acc / safe[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -158,11 +158,16 @@ def decode(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scal
         tokens, batch, batch.bit_length(), items, triton.cdiv(items, programs), *(x if 0 <= x < _UNLIMITED else _UNLIMITED for x in (left, right)),
         capacity, block_table.stride(0) if paged else 0, k_cache.shape[0], k_cache.shape[1], scale2, cap,
         **shape, GROUP=group, M=tile.m, N=tile.n, MIN_KEYS=_MIN_KEYS, PAGED=paged, QUANTISED=quantised,
-        FP8=k_cache.dtype == torch.float8_e4m3fn, SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
+        FP8=_float8(k_cache.dtype, _launch.capability(q.device)), SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(tokens * heads,)](part, part_lse, out, lse, tokens, **shape, num_warps=4)
     return out, lse
+
+
+def _float8(dtype, capability):
+    """0: no fp8; 1: decoded bit by bit; 2: by the GPU's own instruction."""
+    return 0 if dtype != torch.float8_e4m3fn else 2 if capability >= 89 else 1
 
 
 def _splits(capacity, elements):
@@ -185,7 +190,7 @@ def compile_specs():
             tile = _launch.blocks(BLOCKS, capability, (2 if dtype == "*bf16" else 4, dim, many))
             quantised = cache in ("*i8", "*u8")
             constexprs = {"HEADS": 40, "GROUP": 5, "DIM": dim, "BLOCK_DIM": dim, "M": tile.m, "N": tile.n, "SPLITS": 32, "PAGED": quantised,
-                          "MIN_KEYS": _MIN_KEYS, "QUANTISED": quantised, "FP8": cache == "*u8", "SOFTCAP": False}  # fmt: skip
+                          "MIN_KEYS": _MIN_KEYS, "QUANTISED": quantised, "FP8": _float8(torch.float8_e4m3fn if cache == "*u8" else None, capability), "SOFTCAP": False}  # fmt: skip
             names = [name for name in decode_kernel.arg_names if name not in constexprs]
             types = dict.fromkeys(("cu_q_ptr", "lengths_ptr", "table_ptr"), "*i32") | dict.fromkeys(("scale2", "cap"), "fp32")
             types |= dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32") | {"q_ptr": dtype, "k_ptr": cache, "v_ptr": cache}
@@ -193,7 +198,7 @@ def compile_specs():
             yield CompileSpec(
                 name=f"decode_attention, {dtype} on {cache}, D {dim}{', many rows' if many else ''}", kernel=decode_kernel,
                 signature={name: types.get(name, "i32") for name in names}, constexprs=constexprs, num_warps=tile.warps,
-                num_stages=tile.stages, matrix=False, capability=capability,
+                num_stages=tile.stages, matrix=many and dtype != "*fp32", capability=capability,
                 aligned=tuple(n for n in names if n.startswith(("q_", "k_", "v_", "out_")) and "scale" not in n),
             )  # fmt: skip
         yield CompileSpec(
