@@ -111,9 +111,10 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
                                   gradient of weight. reduction="none" and vocab_group always do so
     → loss, float32. Nothing supervised gives 0. Sums are in float32, gradients are rounded once, and a frozen input skips its matmul.
 
-    Memory beside inputs and outputs: one chunk of logits, at most max(16 MiB, V KiB), and 3.6 MiB per thread; from forward to backward
+    Memory beside inputs and outputs: one chunk of logits, at most max(16 MiB, V KiB), and 4.6 MiB per thread; from forward to backward
     the float32 gradients of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile (T, H): R is not known
-    there); or, where that is smaller than the latter, the gradients of the logits (R, V), in bf16 where the CPU multiplies bf16. With low_memory: at most max(16 MiB, R KiB) of logits and, in backward, the float32 gradient of the rows (R, H).
+    there); or, where that is smaller than the latter, the gradients of the logits (R, V), in bf16 where the CPU multiplies bf16. With
+    low_memory: at most max(16 MiB, R KiB) of logits and, in backward, the float32 gradient of the rows (R, H).
     Raises ValueError for arguments that do not fit and, on the CPU, for a label outside 0 … V−1 that is not ignore_index.
     """
     hidden, weight = _common.autocast_tensors(hidden, weight)
@@ -363,8 +364,8 @@ _loss_grad = _common.define_op(
 )  # fmt: skip
 _loss = _common.define_op(
     "linear_cross_entropy",
-    f"({_INPUTS}, Tensor rows, Tensor labels, Tensor? loss_weight, {_OPTIONS}, float z_loss, float label_smoothing, bool[2] needs, int keep) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, Tensor rows, Tensor labels, Tensor? loss_weight, {_OPTIONS}, float z_loss, float label_smoothing, bool[2] needs, "
+    "int keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _loss_impl, _loss_fake, backward=_loss_backward, setup_context=_loss_setup_context,
 )  # fmt: skip
 _rows_grad = _common.define_op(
