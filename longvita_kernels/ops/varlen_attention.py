@@ -19,7 +19,7 @@ import math
 import torch
 
 from longvita_kernels import backends, native
-from longvita_kernels.ops import _common
+from longvita_kernels.ops import _common, _varlen_paths
 from longvita_kernels.spec import OpSpec, SampleInput, Tolerance, nbytes
 
 # ------------------------------------------------------------------------------------------------------------------------------ reference
@@ -173,8 +173,14 @@ def _as_reference(q, k, v, cu_q, cu_k, scale, left, right, softcap):
 
 
 def native_cannot(*, softmax_scale=None, **_):
-    """Why the native kernel cannot take a call with these arguments, or None."""
-    return None if softmax_scale is None or softmax_scale > 0 else "the native kernel takes a positive softmax_scale only"
+    """Why the kernels cannot take a call with these arguments, or None."""
+    return None if softmax_scale is None or softmax_scale > 0 else "the kernels take a positive softmax_scale only"
+
+
+def _triton():
+    from longvita_kernels.triton import varlen_attention
+
+    return varlen_attention
 
 
 def _forward_impl(
@@ -183,12 +189,14 @@ def _forward_impl(
     """out, lse and its rest. Not for the dispatcher: `only_out`: just out, with lse in the scratch; `result`: the dtype of out, that of q
     or float32 (for parts that are added up later)."""
     _check_longest(cu_q, cu_k, max_q, max_k)
-    if backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale)) == "reference":
-        _check_offsets(q, k, cu_q, cu_k)  # the native kernel does so itself
-        out, lse = _common.run_reference(_as_reference, *_widened(result, q, k, v), cu_q, cu_k, scale, left, right, softcap)
-        return out if only_out else (out, lse, torch.zeros_like(lse))
-    threads, kernels = torch.get_num_threads(), native.load()
+    backend = backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale))
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+    if backend != "native":
+        _check_offsets(q, k, cu_q, cu_k)  # the native kernel does so itself
+        settings = (cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
+        found = _forward_elsewhere(backend, q, k, v, *settings, result)
+        return found[0] if only_out else found
+    threads, kernels = torch.get_num_threads(), native.load()
     problem = _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads, result)
     size = kernels.varlen_attention_scratch(problem, False)
     if only_out:
@@ -207,6 +215,19 @@ def _widened(result, *tensors):
     return tensors if result is None else tuple(tensor.to(torch.promote_types(tensor.dtype, result)) for tensor in tensors)
 
 
+def _forward_elsewhere(backend, q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, result):
+    """out, lse and its rest on any backend but native."""
+    if backend == "triton":
+        out = None if result is None else q.new_empty(q.shape, dtype=result)
+        return _triton().forward(q, k, v, cu_q, cu_k, scale, left, right, softcap, out=out)
+    q, k, v = _widened(result, q, k, v)
+    if backend == "reference":
+        out, lse = _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
+    else:
+        out, lse = _varlen_paths.forward(backend, q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
+    return out, lse, torch.zeros_like(lse)
+
+
 def _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads, result=None):
     return native.load().VarlenProblem(
         native.dtype_code(q.dtype), q.data_ptr(), q.shape, q.stride(), k.data_ptr(), k.shape, k.stride(), v.data_ptr(), v.stride(),
@@ -223,13 +244,25 @@ def _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap
 def _backward_impl(
     grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, needs
 ):  # fmt: skip
-    if backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale)) == "reference":
+    backend = backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale))
+    if backend == "reference":
 
         def definition(q, k, v):
             return _as_reference(q, k, v, cu_q, cu_k, scale, left, right, softcap)
 
         return _common.reference_gradients(definition, (q, k, v), needs, (grad_out, grad_lse))
-    return native_backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, needs)
+    cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+    if backend == "native":
+        return native_backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, needs)
+    grad_out = grad_out if grad_out is None or grad_out.stride(-1) == 1 else grad_out.contiguous()
+    grads = _empty_gradients((q, k, v), needs)
+    if backend == "triton":
+        wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        _triton().backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, *wanted)
+        return grads
+    settings = (max_q, max_k, scale, left, right, softcap, deterministic)
+    found = _varlen_paths.backward(backend, grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, *settings)
+    return tuple(new.contiguous() if need else empty for new, need, empty in zip(found, needs, grads, strict=True))
 
 
 def native_backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, needs, *, result=None):
