@@ -194,10 +194,20 @@ def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap,
     loss, statistics, grad_rows, grad_weight = _loss_fake(
         hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs
     )
+    backend = backends.choose("linear_cross_entropy", hidden)
+    if backend == "triton":
+        _triton().loss_pass(
+            hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, statistics.zero_(), grad_rows,
+            grad_weight,
+        )  # fmt: skip
+        supervised = labels != ignore_index
+        row_loss = torch.where(supervised, _row_loss(statistics, weight.shape[0], z_loss, label_smoothing), 0.0)
+        loss.copy_((row_loss if loss_weight is None else row_loss * (loss_weight * supervised)).sum())
+        return loss, statistics, grad_rows, grad_weight
     kept = (labels != ignore_index).nonzero().squeeze(1)
     picked, labels = rows[kept], labels[kept]
     weight_R = None if loss_weight is None else loss_weight[kept]
-    if backends.choose("linear_cross_entropy", hidden) == "reference":
+    if backend == "reference":
         found, grads = _reference_pass(hidden, weight, picked, labels, weight_R, softcap, z_loss, label_smoothing, needs)
     else:
         found = torch.empty(5, kept.shape[0], dtype=torch.float32)
@@ -209,6 +219,12 @@ def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap,
     if needs[0]:
         grad_rows.zero_().index_copy_(0, kept, grads[0]) if kept.shape[0] < rows.shape[0] else grad_rows.copy_(grads[0])
     return loss, statistics, grad_rows, grads[1] if needs[1] else grad_weight
+
+
+def _triton():
+    from longvita_kernels.triton import linear_cross_entropy
+
+    return linear_cross_entropy
 
 
 def _reference_pass(hidden, weight, rows, labels, loss_weight, softcap, z_loss, label_smoothing, needs):
@@ -236,7 +252,7 @@ def _loss_setup_context(ctx, inputs, output):
     hidden, weight, rows = inputs[:3]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, rows, output[2], output[3])
+    ctx.save_for_backward(hidden, weight, rows, *output[1:])
     ctx.needs = inputs[-1]
 
 
@@ -247,10 +263,12 @@ def _loss_backward(ctx, grad, *unused):
     return *(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), *(None,) * 8
 
 
-def _loss_grad_impl(grad, hidden, weight, rows, grad_rows, grad_weight, needs):
+def _loss_grad_impl(grad, hidden, weight, rows, statistics, grad_rows, grad_weight, needs):
     """Scale, round once, and put the rows where they belong."""
     out_hidden, out_weight = _common.absent(hidden), _common.absent(hidden)
-    if needs[0]:
+    if needs[0] and backends.choose("linear_cross_entropy", hidden) == "triton":
+        out_hidden = _triton().scaled_rows(grad, hidden, rows, statistics, grad_rows)  # never reads what is not supervised
+    elif needs[0]:
         out_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         out_hidden.index_copy_(0, rows, _scaled(grad_rows, grad, hidden.dtype))
     if needs[1]:
@@ -264,23 +282,27 @@ def _scaled(values_NH, factor, dtype):
         return values_NH * factor
     if backends.choose("linear_cross_entropy", values_NH) == "native":
         return _logit_chunks.scaled(values_NH, factor, dtype)
-    return (values_NH * factor).to(dtype)
+    out = values_NH.new_empty(values_NH.shape, dtype=dtype)
+    return torch.mul(values_NH, factor, out=out)  # on a GPU one kernel, without the product in float32
 
 
 def _input_grads_fake(hidden, weight, needs):
     return tuple(x.new_empty(x.shape) if need else _common.absent(x) for x, need in zip((hidden, weight), needs, strict=True))
 
 
-def _loss_grad_fake(grad, hidden, weight, rows, grad_rows, grad_weight, needs):
+def _loss_grad_fake(grad, hidden, weight, rows, statistics, grad_rows, grad_weight, needs):
     return _input_grads_fake(hidden, weight, needs)
 
 
 def _rows_impl(hidden, weight, labels, ignore_index, softcap, vocab_start, vocab_size):
     """Statistics (5, T) of the supervised rows, 0 elsewhere."""
     _logit_chunks.check_labels(labels, None, ignore_index, vocab_size)
+    backend = backends.choose("linear_cross_entropy", hidden)
+    if backend == "triton":
+        return _triton().rows_statistics(hidden, weight, labels, ignore_index, softcap, vocab_start)
     rows = (labels != ignore_index).nonzero().squeeze(1)
     local = labels[rows] - vocab_start
-    if backends.choose("linear_cross_entropy", hidden) == "reference":
+    if backend == "reference":
         dtype = _common.compute_dtype(hidden)
         found = _common.run_reference(lambda h, w: _statistics(h.to(dtype) @ w.to(dtype).T, local, softcap), hidden[rows], weight)
     else:
@@ -309,10 +331,13 @@ def _rows_backward(ctx, grad):
 
 def _rows_grad_impl(grad, hidden, weight, labels, statistics, ignore_index, softcap, vocab_start, needs):
     """Makes the logits again, with the gradients of lse, target and sum as coefficients (the maximum has none)."""
+    backend = backends.choose("linear_cross_entropy", hidden)
+    if backend == "triton":
+        return _triton().rows_gradient(grad, hidden, weight, labels, statistics, ignore_index, softcap, vocab_start, needs)
     rows = (labels != ignore_index).nonzero().squeeze(1)
     local = labels[rows] - vocab_start
     coefficients = grad[:3, rows].contiguous()
-    if backends.choose("linear_cross_entropy", hidden) == "reference":
+    if backend == "reference":
         dtype = _common.compute_dtype(hidden)
 
         def definition(hidden_RH, weight_VH):
@@ -340,7 +365,8 @@ _INPUTS = "Tensor hidden, Tensor weight"
 _OPTIONS = "int ignore_index, float softcap"
 _loss_grad = _common.define_op(
     "linear_cross_entropy_backward",
-    f"(Tensor grad, {_INPUTS}, Tensor rows, Tensor grad_rows, Tensor grad_weight, bool[2] needs) -> (Tensor, Tensor)",
+    f"(Tensor grad, {_INPUTS}, Tensor rows, Tensor statistics, Tensor grad_rows, Tensor grad_weight, bool[2] needs) "
+    "-> (Tensor, Tensor)",
     _loss_grad_impl, _loss_grad_fake,
 )  # fmt: skip
 _loss = _common.define_op(
@@ -408,8 +434,7 @@ def _flat_calls(sample):
     rows, needs = torch.arange(labels.shape[0]), [True, True]
     loss_args = (hidden, weight, rows, labels, sample.kwargs.get("loss_weight"), *options, 0.01, 0.1, needs)
     yield _loss, loss_args
-    _, _, grad_rows, grad_weight = _loss(*loss_args)
-    yield _loss_grad, (torch.tensor(0.5), hidden, weight, rows, grad_rows, grad_weight, needs)
+    yield _loss_grad, (torch.tensor(0.5), hidden, weight, rows, *_loss(*loss_args)[1:], needs)
     yield _rows, (hidden, weight, labels, *options, 0, weight.shape[0])
     statistics = _rows(hidden, weight, labels, *options, 0, weight.shape[0])
     for needs in ([True, True], [False, True], [True, False]):

@@ -64,6 +64,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in `dtype`, to nearest even. The interpreter would cut off the lower half for bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def tile_position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column of a tile, in an order that keeps GROUP rows of tiles in L2 while all columns pass."""
     in_group = GROUP * tiles_n
@@ -144,7 +153,7 @@ def matmul_kernel(
         ok_MN = ok_M[:, None] & ok_N[None, :]
         if ACCUMULATE:
             acc += tl.load(c_MN, mask=ok_MN, other=0.0)
-        tl.store(c_MN, acc.to(c.dtype.element_ty), mask=ok_MN)
+        tl.store(c_MN, rounded(acc, c.dtype.element_ty), mask=ok_MN)
 
 
 def matmul(a_MK, b_KN, c_MN, *, index=None, along="", count=None, count_along="", first=0, accumulate=False):

@@ -51,7 +51,7 @@ def add_rows_kernel(grad_rows, sorted_rows, order, out, M, H, BLOCK: tl.constexp
             acc += tl.load(grad_rows + tl.load(order + at) * H + column, mask=column < H, other=0.0)
             at += 1
             here = tl.load(sorted_rows + at, mask=at < M, other=-1)
-        tl.store(out + row * H + column, acc.to(out.dtype.element_ty), mask=column < H)
+        tl.store(out + row * H + column, _matmul.rounded(acc, out.dtype.element_ty), mask=column < H)
 
 
 def _add_rows(grad_rows, rows, out):
