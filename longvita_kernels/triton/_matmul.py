@@ -6,7 +6,6 @@ that only the device knows, float32 results, adding to what is there.
 Persistent: the programs take the tiles of the result in turn, so that a product of few rows out of many costs what few rows cost.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 
 from longvita_kernels.triton import _launch
-from longvita_kernels.triton._compile import CAPABILITIES, CompileSpec
+from longvita_kernels.triton._compile import spec
 
 INTERPRETED = tl.constexpr(_launch.INTERPRETED)
 
@@ -50,6 +49,11 @@ def tile_for(dtype, capability, columns=1 << 30):
     return _launch.by_capability(table[torch.float32 if dtype == torch.float32 else torch.float16], capability)
 
 
+def blocks(dtype, tile):
+    """The constexprs that every product takes."""
+    return {"PRECISION": precision(dtype), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+
+
 def precision(dtype):
     """How tl.dot multiplies float32; for 16 bits there is one way."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
@@ -70,6 +74,13 @@ def rounded(x, dtype: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def half(acc, which: tl.constexpr):
+    """Left (0) or right (1) half of a tile: what follows a product goes half by half, because all at once would not fit into registers."""
+    left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+    return left if which == 0 else right
 
 
 @triton.jit
@@ -173,7 +184,7 @@ def matmul(a_MK, b_KN, c_MN, *, index=None, along="", count=None, count_along=""
         a_MK, b_KN, c_MN, none if index is None else index, limit, none if count is None else count, first, M, N, K,
         *a_MK.stride(), *b_KN.stride(), *c_MN.stride(),
         INDEX=along, COUNT=count_along, ACCUMULATE=accumulate, EVEN_K=K % tile.k == 0 or count_along == "K",
-        PRECISION=precision(a_MK.dtype), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        **blocks(a_MK.dtype, tile), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -187,26 +198,15 @@ def matmul_spec(name, capability, dtype, *, a_dense, b_dense, c_dtype=torch.floa
                 accumulate=False, even=True):  # fmt: skip
     """CompileSpec of one use of `matmul_kernel`. a_dense, b_dense, c_dense: which dimension has stride 1."""
     tile, kind = tile_for(dtype, capability, columns), TYPES[dtype]
-    index_type = "i64" if along in ("N", "K") else "i32"
-    signature = {
-        "a": f"*{kind}", "b": f"*{kind}", "c": f"*{TYPES[c_dtype]}", "index": f"*{index_type}", "index_limit": "i32", "count": "*i32",
-        "first": "i32", "M": "i32", "N": "i32", "K": "i32",
-    }  # fmt: skip
-    strides = ("stride_am", "stride_ak", "stride_bk", "stride_bn", "stride_cm", "stride_cn")
+    strides = {"stride_am", "stride_ak", "stride_bk", "stride_bn", "stride_cm", "stride_cn"}
     dense = {f"stride_a{a_dense}", f"stride_b{b_dense}", f"stride_c{c_dense}"}
-    signature |= {stride: "i32" for stride in strides if stride not in dense}
-    constexprs = {stride: 1 for stride in dense} | {
-        "INDEX": along, "COUNT": count_along, "ACCUMULATE": accumulate, "EVEN_K": even, "PRECISION": precision(dtype),
-        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
-    }  # fmt: skip
-    aligned = ("a", "b", "c", "M", "N", "K", *(stride for stride in strides if stride not in dense))
-    return CompileSpec(
-        name=f"{name} {kind}", kernel=matmul_kernel, signature=signature, constexprs=constexprs, num_warps=tile.warps,
-        num_stages=tile.stages, matrix=dtype != torch.float32, capability=capability, aligned=aligned,
+    index_kind = "*i64" if along in ("N", "K") else "*i32"
+    types = {f"*{kind}": "a b", index_kind: "index", "i32": "index_limit first M N K " + " ".join(sorted(strides - dense))}
+    c_kind = f"*{TYPES[c_dtype]}"
+    types[c_kind] = types.get(c_kind, "") + " c"
+    types["*i32"] = types.get("*i32", "") + " count"
+    constexprs = {stride: 1 for stride in dense} | {"INDEX": along, "COUNT": count_along, "ACCUMULATE": accumulate, "EVEN_K": even}
+    return spec(
+        f"{name} {kind}", matmul_kernel, capability, types, constexprs | blocks(dtype, tile), warps=tile.warps, stages=tile.stages,
+        matrix=dtype != torch.float32, unaligned=("index_limit",),
     )  # fmt: skip
-
-
-@functools.cache
-def all_targets(dtypes=(torch.bfloat16,)):
-    """(capability, dtype) pairs that specs are made for."""
-    return [(capability, dtype) for capability in CAPABILITIES for dtype in dtypes]

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from longvita_kernels.ops import _common
 from longvita_kernels.triton import _matmul
-from longvita_kernels.triton._compile import CAPABILITIES, CompileSpec
+from longvita_kernels.triton._compile import CAPABILITIES, spec
 
 
 def forward(hidden, weight, rows):
@@ -70,10 +70,5 @@ def compile_specs():
             yield _matmul.matmul_spec("masked_lm_head forward, few rows", capability, dtype, columns=1, **forward_)
             yield _matmul.matmul_spec("masked_lm_head grad rows", capability, dtype, a_dense="k", b_dense="n")
             yield _matmul.matmul_spec("masked_lm_head grad weight", capability, dtype, a_dense="m", b_dense="n", c_dtype=dtype, along="K")
-        yield CompileSpec(
-            name="masked_lm_head add rows", kernel=add_rows_kernel,
-            signature={"grad_rows": "*fp32", "sorted_rows": "*i64", "order": "*i64", "out": "*bf16", "M": "i32", "H": "i32"},
-            constexprs={"BLOCK": _BLOCK_H}, num_warps=4, num_stages=3, matrix=False, capability=capability,
-            aligned=("grad_rows", "sorted_rows", "order", "out", "H"),
-        )  # fmt: skip
-
+        types = {"*fp32": "grad_rows", "*i64": "sorted_rows order", "*bf16": "out", "i32": "M H"}
+        yield spec("masked_lm_head add rows", add_rows_kernel, capability, types, {"BLOCK": _BLOCK_H}, unaligned=("M",))

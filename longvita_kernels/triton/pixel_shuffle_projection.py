@@ -23,6 +23,7 @@ import triton.language as tl
 
 from longvita_kernels.ops import _common
 from longvita_kernels.triton import _launch, _matmul
+from longvita_kernels.triton._compile import CAPABILITIES, spec
 from longvita_kernels.triton._projector import (
     FAR,
     fold_kernel,
@@ -44,12 +45,12 @@ def forward(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, save)
     if view.tokens and D:
         BLOCK_T, BLOCK_C = _STATISTICS
         statistics_kernel[(triton.cdiv(view.tokens, BLOCK_T),)](
-            *view.arguments, stats, eps, **view.runs, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4
+            *view.arguments, stats, eps, **view.constants, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4
         )
         folded, u, c = _fold(w1, ln_weight, ln_bias, b1)
         tile = _tile(x)
         project_kernel[(_programs(x, tile, view.tokens, D),)](
-            *view.arguments, stats, folded, u, c, act, z, D, **view.runs, SAVE=save,
+            *view.arguments, stats, folded, u, c, act, z, D, **view.constants, SAVE=save,
             EVEN=view.run % tile.k == 0, DEEP=x.dtype == torch.float32, **_blocks(x, tile),
         )  # fmt: skip
     y = torch.mm(act, w2.T) if b2 is None else torch.addmm(b2, act, w2.T)
@@ -98,8 +99,9 @@ class _Tokens:
         self.tokens = tiles * (grid[0] // 2) * across
         stride_n, stride_p = self.patches.stride()[:2]
         dense = stride_p == self.channels
-        self.run, self.runs = (2 * self.channels, {"RUNS": 2}) if dense else (self.channels, {"RUNS": 4})
-        self.arguments = (self.patches, self.tokens, grid[0] // 2 * across, across, stride_n, stride_p, self.run)
+        self.run, runs = (2 * self.channels, 2) if dense else (self.channels, 4)
+        self.arguments = (self.patches, self.tokens, stride_n, stride_p, self.run)
+        self.constants = {"PER_TILE": grid[0] // 2 * across, "ACROSS": across, "RUNS": runs}
 
 
 def _tile(x):
@@ -111,11 +113,8 @@ def _programs(x, tile, rows, columns):
 
 
 def _blocks(x, tile):
-    """What every product is compiled and launched with."""
-    return {
-        "PRECISION": _matmul.precision(x.dtype), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }  # fmt: skip
+    """What every product is launched with."""
+    return _matmul.blocks(x.dtype, tile) | {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _fold(w1, ln_weight, ln_bias, b1):
@@ -133,7 +132,7 @@ def _grad_z(grad, w2, z, stats, u, c, view, x, need_sums, need_act):
     tile, (O, D) = _tile(x), w2.shape
     tokens = view.tokens
     dz, act = x.new_empty(tokens, D), x.new_empty(tokens if need_act else 0, D)
-    sums = x.new_empty(2, triton.cdiv(D, tile.n) if need_sums else 0, tokens, dtype=torch.float32)
+    sums = x.new_empty(2, 2 * triton.cdiv(D, tile.n) if need_sums else 0, tokens, dtype=torch.float32)
     columns = x.new_empty(2, triton.cdiv(tokens, tile.m), D, dtype=torch.float32)
     if tokens and D:
         grad_z_kernel[(_programs(x, tile, tokens, D),)](
@@ -155,9 +154,9 @@ def _grad_weight(dz, x, view, stats, w1, ln_weight, ln_bias, of_bias, of_mean, n
     of_ln = x.new_empty(2, triton.cdiv(D, tile.m) if need_ln else 0, K, dtype=torch.float32)
     if D:
         far = ((stats[0].abs() * stats[1]) > FAR).any()
-        grad_weight_kernel[(_programs(x, tile, D, view.run * view.runs["RUNS"]),)](
+        grad_weight_kernel[(_programs(x, tile, D, K),)](
             dz, *view.arguments, stats, far, w1, ln_weight.contiguous(), ln_bias.contiguous(), of_bias, of_mean, out, of_ln, D, w1.stride(0),
-            **view.runs, FOLD=_folds(x), WEIGHT=need_weight, LN=need_ln, **_blocks(x, tile),
+            **view.constants, FOLD=_folds(x), WEIGHT=need_weight, LN=need_ln, **_blocks(x, tile),
         )  # fmt: skip
     return out, of_ln.sum(1)
 
@@ -171,6 +170,56 @@ def _grad_x(dz, folded, x, view, stats, sums, grid, class_token):
     if view.tokens:
         grad_tokens_kernel[(_programs(x, tile, view.tokens, 4 * view.channels),)](
             dz, folded, *view.arguments, stats, sums, patches, *patches.stride()[:2], D, sums.shape[1],
-            **view.runs, FOLD=_folds(x), EVEN=D % tile.k == 0, **_blocks(x, tile),
+            **view.constants, FOLD=_folds(x), EVEN=D % tile.k == 0, **_blocks(x, tile),
         )  # fmt: skip
     return out
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- compiling
+
+
+_X_INTS = "tokens stride_n stride_p run"
+_GRID = {"PER_TILE": 256, "ACROSS": 16, "RUNS": 2}
+
+
+def compile_specs():
+    """What `make cuda-check` compiles."""
+    for capability in CAPABILITIES:
+        yield from _element_specs(capability)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield from _product_specs(capability, dtype)
+
+
+def _element_specs(capability):
+    sizes = _GRID | {"BLOCK_T": _STATISTICS[0], "BLOCK_C": _STATISTICS[1]}
+    types = {"*bf16": "x", "i32": _X_INTS, "*fp32": "stats", "fp32": "eps"}
+    yield spec("pixel_shuffle_projection statistics", statistics_kernel, capability, types, sizes)
+    types = {"*bf16": "w1 ln_weight ln_bias b1 folded", "*fp32": "u c", "i32": "D K stride_w"}
+    yield spec("pixel_shuffle_projection fold", fold_kernel, capability, types, {"BIAS": True, "BLOCK_D": _FOLD[0], "BLOCK_K": _FOLD[1]})
+
+
+def _product_specs(capability, dtype):
+    kind, tile = _matmul.TYPES[dtype], _matmul.tile_for(dtype, capability)
+    deep, fold = dtype == torch.float32, dtype == torch.bfloat16
+
+    def make(name, kernel, operands, floats, ints, more=None, **constexprs):
+        types = {f"*{kind}": operands, "i32": ints} | (more or {})
+        types["*fp32"] = types.get("*fp32", "") + " " + floats
+        return spec(
+            f"pixel_shuffle_projection {name} {kind}", kernel, capability, types, constexprs | _matmul.blocks(dtype, tile), warps=tile.warps,
+            stages=tile.stages, matrix=not deep,
+        )  # fmt: skip
+
+    yield make("forward", project_kernel, "x g act z", "stats u c", _X_INTS + " D", **_GRID, SAVE=True, EVEN=True, DEEP=deep)
+    yield make(
+        "grad z", grad_z_kernel, "grad w2 z dz act", "stats u c sums columns", "tokens D O K stride_g stride_w",
+        SUMS=True, ACT=True, FOLD=fold, EVEN=True, DEEP=deep,
+    )  # fmt: skip
+    yield make(
+        "grad weight", grad_weight_kernel, "dz x w1 ln_weight ln_bias grad_w1", "stats of_bias of_mean of_ln", _X_INTS + " D stride_w",
+        {"*i1": "far"}, **_GRID, FOLD=fold, WEIGHT=True, LN=True,
+    )  # fmt: skip
+    yield make(
+        "grad x", grad_tokens_kernel, "dz g x grad_x", "stats sums", _X_INTS + " grad_stride_n grad_stride_p D sum_tiles",
+        **_GRID, FOLD=fold, EVEN=True,
+    )  # fmt: skip
