@@ -24,7 +24,10 @@ def compact_kernel(labels, kept, count, n, ignore_index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gather_kernel(hidden, rows, kept, count, first, x, T, chunk, H, stride, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
+def gather_kernel(
+    hidden, rows, kept, count, first, x, T, chunk, H, stride, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """Rows of a chunk of hidden, zeros after the last up to a multiple of 64. ROWS: positions are of `rows`, which names rows of hidden."""
     present = device_rows(count, first, chunk)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     if tl.program_id(0) * BLOCK_M < tl.cdiv(present, 64) * 64:
@@ -118,7 +121,7 @@ def logits_kernel(
 
 @triton.jit
 def combine_kernel(
-    partial, kept, labels, count, first, statistics, coefficients, row_weight, z_loss, smoothing, vocab_start, tiles, chunk, V, n,
+    partial, kept, count, first, statistics, coefficients, row_weight, z_loss, smoothing, tiles, chunk, V, n,
     partial_rows, COEFFICIENTS: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Statistics of a row from those of its tiles, and the coefficients of lse, target and sum in its loss."""

@@ -29,34 +29,35 @@ class Tile(NamedTuple):
     per_sm: int = 1
 
 
-# By capability. 16 bits: the tile whose operands a Hopper warp group pair can stream at full rate, as many stages as shared memory holds;
-# on Ampere half of it. float32 is multiplied as three TF32 products (error below that of one float32 product).
-_WIDE = {
-    torch.float32: {80: Tile(64, 64, 32, 4, 3, 2), 90: Tile(64, 64, 32, 4, 3, 2)},
-    torch.float16: {0: Tile(64, 64, 32, 4, 1), 80: Tile(128, 128, 32, 4, 4, 2), 90: Tile(128, 256, 64, 8, 4), 100: Tile(128, 256, 64, 8, 3)},
-}
-# Few columns (rows of a decoding step): bound by reading `a` once, so deep rather than wide.
-_THIN = {
-    torch.float32: {80: Tile(64, 16, 32, 4, 4, 4)},
-    torch.float16: {80: Tile(64, 16, 64, 4, 5, 3), 90: Tile(128, 16, 128, 4, 4, 1), 100: Tile(128, 16, 128, 4, 4, 1)},
+# By capability (0: the interpreter; any blocks do). Wide: on Hopper the tile whose operands stream at full rate, and as many stages as
+# shared memory holds; on Ampere half of it. Narrow: where so much follows the product that a wide tile would spill. Thin: few columns
+# (rows of a decoding step), bound by reading `a` once, so deep rather than wide. float32 is multiplied as three TF32 products.
+_SMALL = Tile(64, 64, 64, 4, 1)
+_TILES = {
+    ("wide", 16): {0: _SMALL, 80: Tile(128, 128, 64, 8, 3), 90: Tile(128, 256, 64, 8, 4), 100: Tile(128, 256, 64, 8, 3)},
+    ("narrow", 16): {0: _SMALL, 80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 8, 4)},
+    ("thin", 16): {0: Tile(64, 16, 64, 4, 1), 80: Tile(64, 16, 64, 4, 5, 3), 90: Tile(128, 16, 128, 4, 4)},
+    ("wide", 32): {0: _SMALL, 80: Tile(64, 64, 32, 4, 3, 2)},
+    ("narrow", 32): {0: _SMALL, 80: Tile(64, 64, 32, 4, 3, 2)},
+    ("thin", 32): {0: Tile(64, 16, 64, 4, 1), 80: Tile(64, 16, 32, 4, 4, 4)},
 }
 THIN = 16  # columns up to which a product is thin
 
 
-def tile_for(dtype, capability, columns=1 << 30):
-    """Block sizes for a product of this dtype (bfloat16 as float16) with so many columns."""
-    table = _THIN if columns <= THIN else _WIDE
-    return _launch.by_capability(table[torch.float32 if dtype == torch.float32 else torch.float16], capability)
+def tile_for(dtype, capability, kind="wide"):
+    """Blocks of a product of this dtype: "wide", "narrow" or "thin"."""
+    return _launch.by_capability(_TILES[kind, 32 if dtype == torch.float32 else 16], capability)
+
+
+def kind_for(columns):
+    """The kind of product that gives so many columns."""
+    return "thin" if columns <= THIN else "wide"
 
 
 def blocks(dtype, tile):
     """The constexprs that every product takes."""
-    return {"PRECISION": precision(dtype), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-
-
-def precision(dtype):
-    """How tl.dot multiplies float32; for 16 bits there is one way."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+    precision = "tf32x3" if dtype == torch.float32 else "tf32"  # for 16 bits there is one way
+    return {"PRECISION": precision, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
 
 
 @triton.jit
@@ -160,11 +161,14 @@ def matmul_kernel(
         target = m.to(tl.int64)
         if INDEX == "M":
             target = tl.load(index + first + m, mask=ok_M, other=0).to(tl.int64)
-        c_MN = c + target[:, None] * stride_cm + n[None, :] * stride_cn
-        ok_MN = ok_M[:, None] & ok_N[None, :]
-        if ACCUMULATE:
-            acc += tl.load(c_MN, mask=ok_MN, other=0.0)
-        tl.store(c_MN, rounded(acc, c.dtype.element_ty), mask=ok_MN)
+        for side in tl.static_range(2):
+            n = tile_n * BLOCK_N + side * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            c_MN = c + target[:, None] * stride_cm + n[None, :] * stride_cn
+            ok_MN = ok_M[:, None] & (n < N)[None, :]
+            value = half(acc, side)
+            if ACCUMULATE:
+                value += tl.load(c_MN, mask=ok_MN, other=0.0)
+            tl.store(c_MN, rounded(value, c.dtype.element_ty), mask=ok_MN)
 
 
 def matmul(a_MK, b_KN, c_MN, *, index=None, along="", count=None, count_along="", first=0, accumulate=False):
@@ -176,7 +180,7 @@ def matmul(a_MK, b_KN, c_MN, *, index=None, along="", count=None, count_along=""
     (M, K), N = a_MK.shape, c_MN.shape[1]
     if M == 0 or N == 0:
         return
-    tile = tile_for(a_MK.dtype, _launch.capability(a_MK.device), N)
+    tile = tile_for(a_MK.dtype, _launch.capability(a_MK.device), kind_for(N))
     none = a_MK  # stands for a pointer that is not used
     limit = {"N": b_KN.shape[1], "K": b_KN.shape[0]}.get(along, 0)
     grid = _launch.programs(a_MK.device, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n), tile.per_sm)
@@ -197,7 +201,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def matmul_spec(name, capability, dtype, *, a_dense, b_dense, c_dtype=torch.float32, c_dense="n", columns=1 << 30, along="", count_along="",
                 accumulate=False, even=True):  # fmt: skip
     """CompileSpec of one use of `matmul_kernel`. a_dense, b_dense, c_dense: which dimension has stride 1."""
-    tile, kind = tile_for(dtype, capability, columns), TYPES[dtype]
+    tile, kind = tile_for(dtype, capability, kind_for(columns)), TYPES[dtype]
     strides = {"stride_am", "stride_ak", "stride_bk", "stride_bn", "stride_cm", "stride_cn"}
     dense = {f"stride_a{a_dense}", f"stride_b{b_dense}", f"stride_c{c_dense}"}
     index_kind = "*i64" if along in ("N", "K") else "*i32"

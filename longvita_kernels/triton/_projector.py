@@ -1,7 +1,8 @@
 """The kernels of pixel_shuffle_projection; the mathematics stands in triton/pixel_shuffle_projection.py.
 
-Every kernel gets x as (x, tokens, stride_n, stride_p, run, PER_TILE, ACROSS, RUNS): tokens of all tiles together, PER_TILE of them per tile,
-ACROSS side by side (constants, so that dividing by them is cheap); a token is RUNS runs of `run` neighbouring elements. K = RUNS · run = 4C.
+Every kernel gets x as (x, tokens, stride_n, stride_p, run, PER_TILE, ACROSS, RUNS): tokens of all tiles together, PER_TILE of them per
+tile, ACROSS side by side (constants, so that dividing by them is cheap); a token is RUNS runs of `run` neighbouring elements.
+K = RUNS · run = 4C.
 """
 
 import triton
@@ -195,20 +196,20 @@ def grad_z_kernel(
 
 @triton.jit
 def token_product(
-    acc, dz, x, stats, d, ok_D, column, ok_K, tokens, stride_n, stride_p, D,
-    SHIFT: tl.constexpr, NORMALISE: tl.constexpr, PER_TILE: tl.constexpr, ACROSS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
+    acc, dz, x, stats, d, ok_D, column, ok_K, tokens, stride_n, stride_p, D, OPERAND: tl.constexpr,
+    PER_TILE: tl.constexpr, ACROSS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """acc + Σ_t dz[t, d] · s[t, k]; s with its shift subtracted, or normalised."""
+    """acc + Σ_t dz[t, d] · s[t, k]. OPERAND: s "raw", "shifted", or "normalised"."""
     for first in range(0, tokens, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         ok_T = t < tokens
         start = token_offset(t, stride_n, stride_p, PER_TILE, ACROSS)
         left = tl.load(dz + t.to(tl.int64)[None, :] * D + d[:, None], mask=ok_D[:, None] & ok_T[None, :], other=0.0)
         s = tl.load(x + start[:, None] + column[None, :], mask=ok_T[:, None] & ok_K[None, :], other=0.0)
-        if SHIFT or NORMALISE:
-            mean, rstd, shift = row_statistics(stats, t, ok_T, tokens, NORMALISE)
+        if OPERAND != "raw":
+            mean, rstd, shift = row_statistics(stats, t, ok_T, tokens, OPERAND == "normalised")
             near = s.to(tl.float32) - shift[:, None]
-            s = rounded(near * rstd[:, None] if NORMALISE else near, dz.dtype.element_ty)
+            s = rounded(near * rstd[:, None] if OPERAND == "normalised" else near, dz.dtype.element_ty)
         acc = dot(left, s, acc, PRECISION)
     return acc
 
@@ -219,8 +220,8 @@ def grad_weight_kernel(
     PER_TILE: tl.constexpr, ACROSS: tl.constexpr, RUNS: tl.constexpr, FOLD: tl.constexpr, WEIGHT: tl.constexpr, LN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """p of this module's equation; with WEIGHT d w1 from it, with LN of each tile Σ_d w1 · p and Σ_d w1 · of_bias in of_ln (2, tiles down, K).
-    far: whether any token's mean is to be subtracted from the operand."""
+    """p; with WEIGHT d w1 from it, with LN of each tile Σ_d w1 · p and Σ_d w1 · of_bias in of_ln (2, tiles down, K). far: whether any
+    token's mean is to be subtracted from the operand."""
     steps = tl.cdiv(run, BLOCK_N)
     tiles_m, tiles_n, K = tl.cdiv(D, BLOCK_M), RUNS * steps, RUNS * run
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -230,11 +231,17 @@ def grad_weight_kernel(
         column = run_offset(tile_n // steps, stride_p, ACROSS, RUNS) + within
         p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if not FOLD:
-            p = token_product(p, dz, x, stats, d, ok_D, column, ok_K, tokens, stride_n, stride_p, D, False, True, PER_TILE, ACROSS, PRECISION, BLOCK_K)
+            p = token_product(
+                p, dz, x, stats, d, ok_D, column, ok_K, tokens, stride_n, stride_p, D, "normalised", PER_TILE, ACROSS, PRECISION, BLOCK_K
+            )
         elif tl.load(far) != 0:
-            p = token_product(p, dz, x, stats, d, ok_D, column, ok_K, tokens, stride_n, stride_p, D, True, False, PER_TILE, ACROSS, PRECISION, BLOCK_K)
+            p = token_product(
+                p, dz, x, stats, d, ok_D, column, ok_K, tokens, stride_n, stride_p, D, "shifted", PER_TILE, ACROSS, PRECISION, BLOCK_K
+            )
         else:
-            p = token_product(p, dz, x, stats, d, ok_D, column, ok_K, tokens, stride_n, stride_p, D, False, False, PER_TILE, ACROSS, PRECISION, BLOCK_K)
+            p = token_product(
+                p, dz, x, stats, d, ok_D, column, ok_K, tokens, stride_n, stride_p, D, "raw", PER_TILE, ACROSS, PRECISION, BLOCK_K
+            )
         sum_D = tl.load(of_bias + d, mask=ok_D, other=0.0)[:, None]
         mean_D = tl.load(of_mean + d, mask=ok_D, other=0.0)[:, None]
         for side in tl.static_range(2):

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from longvita_kernels.ops import _common
+from longvita_kernels.ops import _common, _gemm
 from longvita_kernels.triton import _matmul
 from longvita_kernels.triton._compile import CAPABILITIES, spec
 
@@ -21,7 +21,7 @@ def forward(hidden, weight, rows):
 def backward(grad, hidden, weight, rows, needs):
     """→ gradients of hidden (T, H), where a row that was asked for several times gets the sum, and of weight (V, H)."""
     rows = (rows.clamp(0, hidden.shape[0] - 1) if hidden.shape[0] else rows[:0]).contiguous()
-    grad = grad[: rows.shape[0]]
+    grad = _gemm.dense_rows(grad[: rows.shape[0]])
     grad_hidden, grad_weight = _common.absent(hidden), _common.absent(weight)
     if needs[0]:
         grad_hidden = hidden.new_zeros(hidden.shape)

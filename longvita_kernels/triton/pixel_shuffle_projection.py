@@ -10,7 +10,8 @@ cancel, and in float32 it is the mean, subtracted on the way (a loop of its own,
 Backward needs four products, and no pass over anything of the size of x. With dz = (grad · w2) ∘ GELU'(z):
 
     d w2 = gradᵀ · GELU(z)        p[d, k] = Σ_t dz[t, d] · n[t, k],  n = rstd · (s − mean)
-    d w1 = p · ln_weight + (Σ_t dz) ⊗ ln_bias        d ln_weight[k] = Σ_d w1[d, k] · p[d, k]        d ln_bias[k] = Σ_d w1[d, k] · Σ_t dz[t, d]
+    d w1 = p · ln_weight + (Σ_t dz) ⊗ ln_bias
+    d ln_weight[k] = Σ_d w1[d, k] · p[d, k]        d ln_bias[k] = Σ_d w1[d, k] · Σ_t dz[t, d]
     d s = rstd · (dz · g − m1 − n · m2)        m1 = Σ_d dz · u / 4C        m2 = Σ_d dz · (z − c) / 4C
 
 so the sums of LayerNorm over a row come from z, before d s exists. A frozen ViT (no d x) leaves out the last line, and LayerNorm's own
@@ -19,9 +20,8 @@ gradients fall out of p. In bfloat16 rstd is folded into dz, so that p has s as 
 
 import torch
 import triton
-import triton.language as tl
 
-from longvita_kernels.ops import _common
+from longvita_kernels.ops import _common, _gemm
 from longvita_kernels.triton import _launch, _matmul
 from longvita_kernels.triton._compile import CAPABILITIES, spec
 from longvita_kernels.triton._projector import (
@@ -60,9 +60,8 @@ def forward(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, save)
 def backward(grad, x, ln_weight, ln_bias, w1, b1, w2, b2, z, stats, grid, class_token, eps, needs):
     """Gradients of x, ln_weight, ln_bias, w1, b1, w2, b2, as far as needed."""
     need_x, need_lw, need_lb, need_w1, need_b1, need_w2, need_b2 = needs
-    view, (D, K), O = _Tokens(x, grid, class_token), w1.shape, w2.shape[0]
-    grad = grad.reshape(view.tokens, O)
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    view = _Tokens(x, grid, class_token)
+    grad = _gemm.dense_rows(grad.reshape(view.tokens, w2.shape[0]))
     found = [_common.absent(x) for _ in needs]
     if need_b2:
         found[6] = grad.sum(0, dtype=torch.float32).to(b2.dtype)
@@ -104,8 +103,8 @@ class _Tokens:
         self.constants = {"PER_TILE": grid[0] // 2 * across, "ACROSS": across, "RUNS": runs}
 
 
-def _tile(x):
-    return _matmul.tile_for(x.dtype, _launch.capability(x.device))
+def _tile(x, kind="wide"):
+    return _matmul.tile_for(x.dtype, _launch.capability(x.device), kind)
 
 
 def _programs(x, tile, rows, columns):
@@ -129,7 +128,7 @@ def _fold(w1, ln_weight, ln_bias, b1):
 
 def _grad_z(grad, w2, z, stats, u, c, view, x, need_sums, need_act):
     """dz, GELU(z), m1 and m2 by tile, column sums by tile."""
-    tile, (O, D) = _tile(x), w2.shape
+    tile, (O, D) = _tile(x, "narrow"), w2.shape
     tokens = view.tokens
     dz, act = x.new_empty(tokens, D), x.new_empty(tokens if need_act else 0, D)
     sums = x.new_empty(2, 2 * triton.cdiv(D, tile.n) if need_sums else 0, tokens, dtype=torch.float32)
@@ -155,8 +154,8 @@ def _grad_weight(dz, x, view, stats, w1, ln_weight, ln_bias, of_bias, of_mean, n
     if D:
         far = ((stats[0].abs() * stats[1]) > FAR).any()
         grad_weight_kernel[(_programs(x, tile, D, K),)](
-            dz, *view.arguments, stats, far, w1, ln_weight.contiguous(), ln_bias.contiguous(), of_bias, of_mean, out, of_ln, D, w1.stride(0),
-            **view.constants, FOLD=_folds(x), WEIGHT=need_weight, LN=need_ln, **_blocks(x, tile),
+            dz, *view.arguments, stats, far, w1, ln_weight.contiguous(), ln_bias.contiguous(), of_bias, of_mean, out, of_ln, D,
+            w1.stride(0), **view.constants, FOLD=_folds(x), WEIGHT=need_weight, LN=need_ln, **_blocks(x, tile),
         )  # fmt: skip
     return out, of_ln.sum(1)
 
@@ -199,25 +198,27 @@ def _element_specs(capability):
 
 
 def _product_specs(capability, dtype):
-    kind, tile = _matmul.TYPES[dtype], _matmul.tile_for(dtype, capability)
-    deep, fold = dtype == torch.float32, dtype == torch.bfloat16
+    kind, deep, fold = _matmul.TYPES[dtype], dtype == torch.float32, dtype == torch.bfloat16
 
-    def make(name, kernel, operands, floats, ints, more=None, **constexprs):
+    def make(name, kernel, operands, floats, ints, more=None, *, tile="wide", **constexprs):
+        tile = _matmul.tile_for(dtype, capability, tile)
         types = {f"*{kind}": operands, "i32": ints} | (more or {})
         types["*fp32"] = types.get("*fp32", "") + " " + floats
         return spec(
-            f"pixel_shuffle_projection {name} {kind}", kernel, capability, types, constexprs | _matmul.blocks(dtype, tile), warps=tile.warps,
-            stages=tile.stages, matrix=not deep,
+            f"pixel_shuffle_projection {name} {kind}", kernel, capability, types, constexprs | _matmul.blocks(dtype, tile),
+            warps=tile.warps, stages=tile.stages, matrix=not deep,
         )  # fmt: skip
 
-    yield make("forward", project_kernel, "x g act z", "stats u c", _X_INTS + " D", **_GRID, SAVE=True, EVEN=True, DEEP=deep)
-    yield make(
-        "grad z", grad_z_kernel, "grad w2 z dz act", "stats u c sums columns", "tokens D O K stride_g stride_w",
-        SUMS=True, ACT=True, FOLD=fold, EVEN=True, DEEP=deep,
-    )  # fmt: skip
     yield make(
         "grad weight", grad_weight_kernel, "dz x w1 ln_weight ln_bias grad_w1", "stats of_bias of_mean of_ln", _X_INTS + " D stride_w",
         {"*i1": "far"}, **_GRID, FOLD=fold, WEIGHT=True, LN=True,
+    )  # fmt: skip
+    if dtype == torch.float16:
+        return  # the rest is as in bfloat16
+    yield make("forward", project_kernel, "x g act z", "stats u c", _X_INTS + " D", **_GRID, SAVE=True, EVEN=True, DEEP=deep)
+    yield make(
+        "grad z", grad_z_kernel, "grad w2 z dz act", "stats u c sums columns", "tokens D O K stride_g stride_w",
+        tile="narrow", SUMS=True, ACT=True, FOLD=fold, EVEN=True, DEEP=deep,
     )  # fmt: skip
     yield make(
         "grad x", grad_tokens_kernel, "dz g x grad_x", "stats sums", _X_INTS + " grad_stride_n grad_stride_p D sum_tiles",
