@@ -41,11 +41,12 @@ def loss_pass(
     rows (n,) of hidden; labels (n,), row_weight (n,) float32 or None; statistics are zeros where nothing is supervised
     """
     vocab, n = weight.shape[0], rows.shape[0]
+    labels = labels.contiguous()
     kept, count = _compact(labels, ignore_index)
     chunk = _chunk_rows(vocab, n, hidden.element_size()) if any(needs) else _statistics_rows(n)
     x, logits = _x_buffer(hidden, chunk), _logits_buffer(hidden, chunk, vocab) if any(needs) else None
     partial, coefficients = _partial(hidden, vocab, chunk), hidden.new_empty(3, n, dtype=torch.float32)
-    options = (row_weight, z_loss, smoothing)
+    options = (None if row_weight is None else row_weight.contiguous(), z_loss, smoothing)
     for first in range(0, max(n, 1), chunk):  # at least once, because that writes all of grad_weight
         _gather(hidden, rows, kept, count, first, x)
         _logits(x, weight, logits, partial, kept, labels, count, first, softcap, 0, statistics)
@@ -62,6 +63,7 @@ def loss_pass(
 def rows_statistics(hidden, weight, labels, ignore_index, softcap, vocab_start):
     """→ statistics (5, T) of the supervised rows, 0 elsewhere."""
     statistics = hidden.new_zeros(5, labels.shape[0], dtype=torch.float32)
+    labels = labels.contiguous()
     kept, count = _compact(labels, ignore_index)
     chunk = _statistics_rows(labels.shape[0])
     x, partial = _x_buffer(hidden, chunk), _partial(hidden, weight.shape[0], chunk)
@@ -77,6 +79,7 @@ def rows_gradient(grad, hidden, weight, labels, statistics, ignore_index, softca
     (T, H), V = hidden.shape, weight.shape[0]
     grad_weight = weight.new_empty(weight.shape) if needs[1] else _common.absent(weight)
     grad_rows = hidden.new_empty(T if needs[0] else 0, H, dtype=torch.float32)
+    labels = labels.contiguous()
     kept, count = _compact(labels, ignore_index)
     most = max(128, _round_up(T, 128))
     columns = max(256, min(_round_up(V, 256), WORKSPACE // (most * hidden.element_size()) // 256 * 256))
@@ -146,7 +149,7 @@ def _tile(tensor):
 def _compact(labels, ignore_index):
     n = labels.shape[0]
     kept, count = (torch.empty(size, dtype=torch.int32, device=labels.device) for size in (max(n, 1), 1))
-    compact_kernel[(1,)](labels.contiguous(), kept, count, n, ignore_index, BLOCK=_COMPACT, num_warps=8)
+    compact_kernel[(1,)](labels, kept, count, n, ignore_index, BLOCK=_COMPACT, num_warps=8)
     return kept, count
 
 
