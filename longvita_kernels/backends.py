@@ -1,31 +1,78 @@
-"""Which implementation runs an op: `reference` (plain torch, any device) or `native` (C++, CPU).
+"""Which implementation runs an op.
 
-    backends.available()                     # ("native", "reference"): what this machine can run, best first
+    native       C++, CPU
+    triton       GPU kernels of this package (on CPU tensors under TRITON_INTERPRET=1, for tests)
+    flash_attn   the package of that name, for varlen_attention on a GPU, for those who have it
+    torch        the fastest way inside torch, for the ops in TORCH_OPS
+    reference    plain torch, float32 inside: the definition, any device
+
+    backends.available()                     # ("native", "torch", "reference"): what this machine can run, best first
     backends.use("reference")                # from now on, for every op …
-    with backends.use("native"): ...         # … or inside a block
+    with backends.use("triton"): ...         # … or inside a block
     backends.explain("merge_attention", out_a, lse_a, out_b, lse_b)
 
-Without a request the best backend that can take the call is chosen; when the native part is missing that is the reference, with one
-warning. The environment variable LONGVITA_BACKEND is a request like `use`. A request that cannot be met raises `RuntimeError`.
+Without a request a CPU gets `native`. A GPU gets the fastest backend that VERIFIED names for the op on that architecture: a kernel that
+never ran on hardware is never a default. Where nothing is named, and where a part is missing, plain torch runs, with one warning.
+The environment variable LONGVITA_BACKEND is a request like `use`. A request that cannot be met raises `RuntimeError`; a request for
+`flash_attn` or `torch` concerns the ops that they have, the others are chosen as without it.
 """
 
 import functools
-import importlib
+import importlib.util
 import inspect
 import os
 import warnings
+from typing import NamedTuple
 
 import torch
 
 from longvita_kernels import native
 
-NAMES = ("native", "reference")  # best first
-_NATIVE_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+NAMES = ("native", "triton", "flash_attn", "torch", "reference")  # best first
+_KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_HALF_DTYPES = frozenset((torch.bfloat16, torch.float16))
+# Ops that are written for these; every op has a reference, and native and triton kernels.
+FLASH_OPS = frozenset(("varlen_attention",))
+TORCH_OPS = frozenset(("varlen_attention", "decode_attention"))
+
+
+class Verified(NamedTuple):
+    """A backend whose GPU tests passed on an architecture, and the file in bench/results/ that says so and how fast it was."""
+
+    backend: str
+    result: str
+
+
+# (op, architecture such as "sm_90") → Verified, the fastest first. bench/gpu.sh makes the results that an entry needs; so far no GPU has.
+VERIFIED: dict[tuple[str, str], tuple[Verified, ...]] = {}
 
 
 def available():
     """Names of the backends that can run on this machine, best first."""
-    return NAMES if native.load() is not None else ("reference",)
+    return tuple(name for name in NAMES if _missing(name) is None)
+
+
+def _missing(name):
+    """Why a backend cannot be used on this machine at all, or None."""
+    if name == "native":
+        return None if native.load() is not None else native.why_missing()
+    if name not in ("triton", "flash_attn"):
+        return None
+    if _not_installed(name) is not None:
+        return _not_installed(name)
+    if torch.cuda.is_available() or (name == "triton" and _interpreted()):
+        return None
+    return "there is no CUDA device" + (" (TRITON_INTERPRET=1 runs its kernels on CPU tensors, slowly)" if name == "triton" else "")
+
+
+@functools.cache
+def _not_installed(name):
+    found = importlib.util.find_spec(name) is not None
+    return None if found else f"the package {name} is not installed; pip install {name.replace('_', '-')}"
+
+
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _checked(name):
@@ -33,8 +80,9 @@ def _checked(name):
         return None
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(NAMES)}, or 'auto' to choose by call")
-    if name == "native" and native.load() is None:
-        raise RuntimeError(f"backend 'native' was requested but cannot be used: {native.why_missing()}")
+    missing = _missing(name)
+    if missing is not None:
+        raise RuntimeError(f"backend {name!r} was requested but cannot be used: {missing}")
     return name
 
 
@@ -79,44 +127,79 @@ def _native_lacks(op):
 
 
 @functools.cache
-def _warn_once(op, reason):
-    warnings.warn(f"longvita_kernels runs {op} on the plain torch reference: {reason}", RuntimeWarning, stacklevel=4)
+def _warn_once(op, backend, reason):
+    what = "the plain torch reference" if backend == "reference" else "torch's own kernels and products"
+    warnings.warn(f"longvita_kernels runs {op} on {what}: {reason}", RuntimeWarning, stacklevel=4)
+
+
+@functools.cache
+def architecture(device):
+    """"sm_90" and the like; a device that is no GPU is called by its type."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else device.type
+
+
+def _cannot(backend, op, tensor, unsupported):
+    """Why `backend` cannot run this call, or None."""
+    device, dtypes = tensor.device.type, _HALF_DTYPES if backend == "flash_attn" else _KERNEL_DTYPES
+    if backend in ("reference", "torch"):
+        return None
+    if backend == "native" and device != "cpu":
+        return f"there is no kernel for device {device!r}"
+    if backend != "native" and device != "cuda" and not (backend == "triton" and device == "cpu" and _interpreted()):
+        return f"{backend} runs on CUDA tensors, not on device {device!r}"
+    if tensor.dtype not in dtypes:
+        wanted = "bfloat16 and float16" if backend == "flash_attn" else "float32, bfloat16 and float16"
+        return f"the {backend} kernel takes {wanted}, not {tensor.dtype}"
+    if unsupported is not None:
+        return unsupported
+    return _native_lacks(op) if backend == "native" else _not_installed(backend)
 
 
 def _decide(op, tensor, unsupported):
     """(backend, why, worth a warning)."""
     request = requested()
-    if request == "reference":
-        return "reference", "requested", False
-    if tensor.device.type != "cpu":
-        reason, warn = f"there is no kernel for device {tensor.device.type!r} yet", True
-    elif tensor.dtype not in _NATIVE_DTYPES:
-        reason, warn = f"the native kernel takes float32, bfloat16 and float16, not {tensor.dtype}", False
-    elif unsupported is not None:
-        reason, warn = unsupported, True
-    else:
-        reason = _native_lacks(op)
+    concerned = {"flash_attn": FLASH_OPS, "torch": TORCH_OPS}.get(request)
+    if request is not None and (concerned is None or op in concerned):
+        reason = _cannot(request, op, tensor, unsupported)
         if reason is None:
-            return "native", "requested" if request else f"the best for device 'cpu' and {tensor.dtype}", False
-        warn = True
-    if request == "native":
-        raise RuntimeError(f"backend 'native' was requested but cannot run {op}: {reason}")
-    return "reference", reason, warn
+            return request, _requested_words(op, request, tensor), False
+        raise RuntimeError(f"backend {request!r} was requested but cannot run {op}: {reason}")
+    plain = "torch" if op in TORCH_OPS and tensor.dtype in _KERNEL_DTYPES else "reference"
+    if tensor.device.type == "cuda":
+        arch = architecture(tensor.device)
+        for verified in VERIFIED.get((op, arch), ()):
+            if _cannot(verified.backend, op, tensor, unsupported) is None:
+                return verified.backend, f"the fastest verified on {arch}, see {verified.result}", False
+        if tensor.dtype not in _KERNEL_DTYPES:
+            return plain, f"kernels take float32, bfloat16 and float16, not {tensor.dtype}", False
+        return plain, unsupported or f"no kernel is verified on {arch} yet; backends.use('triton') asks for ours", True
+    reason = _cannot("native", op, tensor, unsupported)
+    if reason is None:
+        return "native", f"the best for device 'cpu' and {tensor.dtype}", False
+    return "reference", reason, tensor.dtype in _KERNEL_DTYPES
+
+
+def _requested_words(op, request, tensor):
+    if request not in ("triton", "flash_attn"):
+        return "requested"
+    arch = architecture(tensor.device)
+    result = next((verified.result for verified in VERIFIED.get((op, arch), ()) if verified.backend == request), None)
+    return f"requested; verified on {arch}, see {result}" if result else f"requested; not verified on {arch}"
 
 
 def choose(op, tensor, unsupported=None):
     """Backend for one call of `op` whose first tensor is `tensor`.
 
-    `unsupported` says why the native kernel cannot take this problem: a fixed text without the call's values, as it is warned of once.
+    `unsupported` says why compiled kernels cannot take this problem: a fixed text without the call's values, as it is warned of once.
     """
     if (  # the common case, which every call pays for, without a reason being put into words
-        unsupported is None and use._requested != "reference" and use._read_environment and tensor.is_cpu
-        and tensor.dtype in _NATIVE_DTYPES and _native_lacks(op) is None
+        unsupported is None and use._requested in (None, "native") and use._read_environment and tensor.is_cpu
+        and tensor.dtype in _KERNEL_DTYPES and _native_lacks(op) is None
     ):  # fmt: skip
         return "native"
     backend, reason, warn = _decide(op, tensor, unsupported)
     if warn:
-        _warn_once(op, reason)
+        _warn_once(op, backend, reason)
     return backend
 
 

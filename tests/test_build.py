@@ -155,7 +155,7 @@ import sys, warnings
 sys.modules["longvita_kernels._native"] = None      # what an import of a library that was not built amounts to
 import torch
 from longvita_kernels import backends, native, varlen_attention
-assert native.load() is None and backends.available() == ("reference",)
+assert native.load() is None and "native" not in backends.available()
 q = torch.randn(5, 1, 32)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -67,9 +67,15 @@ def write_reference(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_t
 native_cannot = _cache.native_cannot
 
 
+def _triton():
+    from longvita_kernels.triton import append_kv
+
+    return append_kv
+
+
 def _append_impl(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale):
     backend = backends.choose("append_kv", k, native_cannot(k_cache=k_cache))
-    if backend == "reference" or k.shape[0] == 0:  # the native kernel does so itself
+    if backend != "native" or k.shape[0] == 0:  # the native kernel does so itself
         _cache.check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, k.shape[0], appended=True)
     if k.shape[0] == 0:
         return
@@ -78,6 +84,8 @@ def _append_impl(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_tabl
             write_reference(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
         return
     cu_seqlens_q, cache_seqlens = cu_seqlens_q.contiguous(), cache_seqlens.contiguous()
+    if backend == "triton":
+        return _triton().append(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
     native.load().append_kv(
         native.dtype_code(k.dtype), k.shape[0], k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(),
         *_cache.native_arguments(k_cache, v_cache, block_table, k_scale, v_scale),

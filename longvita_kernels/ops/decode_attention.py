@@ -120,15 +120,27 @@ def decode_attention(
 native_cannot = _cache.native_cannot
 
 
+def _triton():
+    from longvita_kernels.triton import decode_attention
+
+    return decode_attention
+
+
 def _decode_impl(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale, causal, left, right, softcap, scale, *,
                  only_out=False):  # fmt: skip
     """out and lse; `only_out`: just out (not for the dispatcher), with lse in the scratch."""
     backend = backends.choose("decode_attention", q, native_cannot(k_cache=k_cache))
-    if backend == "reference" or q.shape[0] == 0:  # the native kernel does so itself
+    if backend != "native" or q.shape[0] == 0:  # the native kernel does so itself
         _cache.check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, q.shape[0], appended=False)
-    if backend == "reference":
+    if backend == "triton":
+        cu_seqlens_q, cache_seqlens = cu_seqlens_q.contiguous(), cache_seqlens.contiguous()
+        found = _triton().decode(
+            q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale, left, 0 if causal else right, softcap, scale,
+        )  # fmt: skip
+        return found[0] if only_out else found
+    if backend != "native":  # inside torch: the composition in q's own dtype, whose products have tensor cores
         found = _common.run_reference(
-            reference, q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table=block_table, causal=causal, window_size=(left, right),
+            reference if backend == "reference" else base, q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table=block_table, causal=causal, window_size=(left, right),
             softcap=softcap, k_scale=k_scale, v_scale=v_scale, softmax_scale=scale, return_lse=True,
         )  # fmt: skip
         return found[0] if only_out else found

@@ -69,10 +69,20 @@ def _check(out_a, lse_a, out_b, lse_b):
 # ------------------------------------------------------------------------------------------------------------------------------ flat ops
 
 
+def _triton():
+    from longvita_kernels.triton import merge_attention
+
+    return merge_attention
+
+
 def _forward_impl(out_a, lse_a, out_b, lse_b):
-    if backends.choose("merge_attention", out_a) == "reference":
+    backend = backends.choose("merge_attention", out_a)
+    if backend == "reference":
         return _common.run_reference(reference, out_a, lse_a, out_b, lse_b)
     out, lse = _forward_fake(out_a, lse_a, out_b, lse_b)
+    if backend == "triton":
+        _triton().forward(out_a, lse_a, out_b, lse_b, out, lse)
+        return out, lse
     tokens, heads, dim = out_a.shape
     native.load().merge_attention_forward(
         native.dtype_code(out_a.dtype), (tokens, heads, dim),
@@ -89,11 +99,15 @@ def _forward_fake(out_a, lse_a, out_b, lse_b):
 
 def _backward_impl(grad_out, grad_lse, out_a, lse_a, out_b, lse_b, needs):
     inputs = (out_a, lse_a, out_b, lse_b)
-    if backends.choose("merge_attention", out_a) == "reference":
+    backend = backends.choose("merge_attention", out_a)
+    if backend == "reference":
         return _common.reference_gradients(reference, inputs, needs, (grad_out, grad_lse))
     grads = _backward_fake(grad_out, grad_lse, out_a, lse_a, out_b, lse_b, needs)
     tokens, heads, dim = out_a.shape
     grad_out = grad_out if grad_out is None or grad_out.stride(-1) == 1 else grad_out.contiguous()
+    if backend == "triton":
+        _triton().backward(grad_out, grad_lse, *inputs, [grad if need else None for grad, need in zip(grads, needs, strict=True)])
+        return grads
     native.load().merge_attention_backward(
         native.dtype_code(out_a.dtype), (tokens, heads, dim),
         out_a.data_ptr(), out_a.stride()[:2], lse_a.data_ptr(), lse_a.stride(),

@@ -19,7 +19,7 @@ import math
 import torch
 
 from longvita_kernels import backends, native
-from longvita_kernels.ops import _common
+from longvita_kernels.ops import _common, _varlen_paths
 from longvita_kernels.spec import OpSpec, SampleInput, Tolerance, nbytes
 
 # ------------------------------------------------------------------------------------------------------------------------------ reference
@@ -173,19 +173,26 @@ def _as_reference(q, k, v, cu_q, cu_k, scale, left, right, softcap):
 
 
 def native_cannot(*, softmax_scale=None, **_):
-    """Why the native kernel cannot take a call with these arguments, or None."""
-    return None if softmax_scale is None or softmax_scale > 0 else "the native kernel takes a positive softmax_scale only"
+    """Why the kernels cannot take a call with these arguments, or None."""
+    return None if softmax_scale is None or softmax_scale > 0 else "the kernels take a positive softmax_scale only"
+
+
+def _triton():
+    from longvita_kernels.triton import varlen_attention
+
+    return varlen_attention
 
 
 def _forward_impl(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, *, only_out=False):
     """out, lse and its rest; `only_out`: just out (not for the dispatcher), with lse in the scratch."""
     _check_longest(cu_q, cu_k, max_q, max_k)
-    if backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale)) == "reference":
-        _check_offsets(q, k, cu_q, cu_k)  # the native kernel does so itself
-        out, lse = _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
-        return out if only_out else (out, lse, torch.zeros_like(lse))
-    threads, kernels = torch.get_num_threads(), native.load()
+    backend = backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale))
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+    if backend != "native":
+        _check_offsets(q, k, cu_q, cu_k)  # the native kernel does so itself
+        found = _forward_elsewhere(backend, q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
+        return found[0] if only_out else found
+    threads, kernels = torch.get_num_threads(), native.load()
     problem = _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads)
     size = kernels.varlen_attention_scratch(problem, False)
     if only_out:
@@ -198,6 +205,17 @@ def _forward_impl(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap
     scratch = torch.empty(size, dtype=torch.float32)
     kernels.varlen_attention_forward(problem, out.data_ptr(), lse.data_ptr(), lse_rest.data_ptr(), scratch.data_ptr(), size)
     return out, lse, lse_rest
+
+
+def _forward_elsewhere(backend, q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic):
+    """out, lse and its rest on any backend but native."""
+    if backend == "triton":
+        return _triton().forward(q, k, v, cu_q, cu_k, scale, left, right, softcap)
+    if backend == "reference":
+        out, lse = _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
+    else:
+        out, lse = _varlen_paths.forward(backend, q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
+    return out, lse, torch.zeros_like(lse)
 
 
 def _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads):
@@ -215,17 +233,26 @@ def _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap
 def _backward_impl(
     grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, needs
 ):  # fmt: skip
-    if backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale)) == "reference":
+    backend = backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale))
+    if backend == "reference":
 
         def definition(q, k, v):
             return _as_reference(q, k, v, cu_q, cu_k, scale, left, right, softcap)
 
         return _common.reference_gradients(definition, (q, k, v), needs, (grad_out, grad_lse))
-    grads = _empty_gradients((q, k, v), needs)
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-    threads, kernels = torch.get_num_threads(), native.load()
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+    grad_out = grad_out if grad_out is None or grad_out.stride(-1) == 1 else grad_out.contiguous()
+    grads = _empty_gradients((q, k, v), needs)
+    if backend == "triton":
+        wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        _triton().backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, *wanted)
+        return grads
+    if backend != "native":
+        settings = (max_q, max_k, scale, left, right, softcap, deterministic)
+        found = _varlen_paths.backward(backend, grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, *settings)
+        return tuple(new.contiguous() if need else empty for new, need, empty in zip(found, needs, grads, strict=True))
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    threads, kernels = torch.get_num_threads(), native.load()
     problem = _native_problem(q, k, v, cu_q, cu_k, scale, left, right, softcap, threads)
     scratch = torch.empty(kernels.varlen_attention_scratch(problem, True), dtype=torch.float32)
     kernels.varlen_attention_backward(

@@ -21,6 +21,9 @@ class Blocks(NamedTuple):
     per_sm: int = 2
 
 
+INTERPRETER_BLOCKS = Blocks(32, 16, 4, 1, 2)
+
+
 @functools.cache
 def capability(device):
     """10 · major + minor of a GPU; 0 where the interpreter runs the kernels on CPU tensors."""
@@ -38,6 +41,16 @@ def _multiprocessors(device):
 def programs(device, items, per_sm):
     """Size of a persistent grid over `items` pieces of work; each program takes several where there are more."""
     return max(1, min(items, per_sm * _multiprocessors(device)))
+
+
+def blocks(table, capability, key):
+    """table[capability][key] of the newest architecture in the table that has it and is not newer than `capability`.
+
+    The interpreter (capability 0) gets small tiles, so that small samples have many of them.
+    """
+    if capability == 0:
+        return INTERPRETER_BLOCKS
+    return table[max(known for known in table if known <= capability and key in table[known])][key]
 
 
 def by_capability(table, wanted):

@@ -34,7 +34,7 @@ def without_native(monkeypatch):
 
 
 def test_native_is_chosen_when_it_is_there():
-    assert backends.available() == ("native", "reference")
+    assert set(backends.available()) >= {"native", "torch", "reference"} and backends.available()[0] == "native"
     assert backends.choose("merge_attention", torch.ones(1)) == "native"
     explained = backends.explain("merge_attention", *_merge_arguments())
     assert explained == "merge_attention: native (the best for device 'cpu' and torch.float32)"
@@ -61,7 +61,7 @@ def test_a_failed_request_changes_nothing(without_native):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="unknown backend 'cuda13'; expected one of native, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'cuda13'; expected one of native, triton, flash_attn, torch, reference"):
         backends.use("cuda13")
 
 
@@ -83,7 +83,7 @@ def test_float64_goes_to_the_reference_without_a_warning(recwarn):
 
 
 def test_a_missing_library_gives_the_reference_and_one_warning(without_native):
-    assert backends.available() == ("reference",)
+    assert "native" not in backends.available() and backends.available()[-1] == "reference"
     with pytest.warns(RuntimeWarning, match=r"merge_attention on the plain torch reference: .*it was not built \(test\)") as warned:
         for _ in range(3):
             out, lse = longvita_kernels.merge_attention(*_merge_arguments())
@@ -99,7 +99,7 @@ def test_a_call_the_native_kernel_cannot_take_warns_once_and_is_explained():
         for scale in (-0.5, 0.0, -0.25):  # another value is not another warning
             longvita_kernels.varlen_attention(q, q, q, offsets, softmax_scale=scale)
     assert len(warned) == 1
-    reason = "varlen_attention: reference (the native kernel takes a positive softmax_scale only)"
+    reason = "varlen_attention: reference (the kernels take a positive softmax_scale only)"
     assert backends.explain("varlen_attention", q, q, q, offsets, softmax_scale=-0.5) == reason
     assert backends.explain("varlen_attention", q, q, q, offsets).startswith("varlen_attention: native")
     wide = backends.explain("pixel_shuffle_projection", torch.empty(1, 4, 16385))
@@ -135,13 +135,14 @@ def test_every_public_name_is_a_function_of_its_own_module():
         longvita_kernels.flash_attention  # noqa: B018
 
 
-def test_both_backends_give_the_same_answer():
+def test_all_backends_give_the_same_answer():
     for name, op_spec in spec.all_specs().items():
         sample = next(iter(op_spec.samples(torch.float32, "cpu", 1)))
         results = []
-        for backend in backends.NAMES:
+        for backend in ("native", "torch", "reference"):
             with backends.use(backend):
                 out = op_spec.op(*sample.args, **sample.kwargs)
             results.append(out if isinstance(out, tuple) else (out,))
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=False, msg=lambda text, name=name: f"{name}: {text}")
+        for a, *others in zip(*results, strict=True):
+            for b in others:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=False, msg=lambda text, name=name: f"{name}: {text}")

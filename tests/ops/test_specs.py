@@ -33,7 +33,7 @@ each_differentiable_spec_and_dtype = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=backends.NAMES)
+@pytest.fixture(params=("native", "reference"))
 def backend(request):
     """Run the test once per backend; a backend that is not there fails the test and says why."""
     backends.use(request.param)
@@ -68,6 +68,12 @@ def _check_all(spec, dtype, choices):
 @each_spec_and_dtype
 def test_forward_and_gradients_are_accurate(spec, dtype, backend):
     _check_all(spec, dtype, lambda sample: [{}])
+
+
+@pytest.mark.parametrize(("spec", "dtype"), [(s, d) for s in SPECS if s.name in backends.TORCH_OPS for d in s.dtypes], ids=_name)
+def test_the_ways_inside_torch_are_accurate(spec, dtype):
+    backends.use("torch")
+    _check_all(spec, dtype, lambda sample: [{}] + [{"used": (name,)} for name in spec.outputs if sample.differentiable])
 
 
 @each_differentiable_spec_and_dtype
