@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <string>
 #include <utility>
 
 #include "cross_entropy.h"
@@ -12,6 +13,14 @@ namespace py = pybind11;
 using namespace longvita;
 
 namespace {
+
+GradientWay way_of(const std::string& name) {
+  if (name == "at_once") return GradientWay::at_once;
+  if (name == "keep") return GradientWay::keep;
+  if (name == "finish") return GradientWay::finish;
+  check(name == "recompute", "linear_cross_entropy: way is '", name, "'; expected at_once, keep, finish or recompute");
+  return GradientWay::recompute;
+}
 
 // The supervised rows of (tokens) labels: their numbers, then their labels, in `rows` (2 · tokens). Returns how many.
 // In the words of ops/_logit_chunks.py, which checks where this does not run.
@@ -90,12 +99,16 @@ void bind_cross_entropy(py::module_& m) {
   m.def("linear_cross_entropy_run",
         [](int dtype, int64_t tokens, int64_t width, int64_t vocab, int64_t rows, uintptr_t hidden, int64_t hidden_stride, uintptr_t weight,
            int64_t weight_stride, uintptr_t index, uintptr_t labels, float softcap, uintptr_t statistics, int64_t chunk, uintptr_t partial,
-           uintptr_t scratch, int threads, bool recompute, uintptr_t coefficients, uintptr_t row_weight, float smoothing, float z_loss,
-           uintptr_t logits, uintptr_t grad_hidden, uintptr_t grad_weight) {
+           uintptr_t scratch, int threads, const std::string& way, uintptr_t coefficients, uintptr_t row_weight, float smoothing,
+           float z_loss, uintptr_t logits, float factor, uintptr_t grad_hidden, uintptr_t grad_weight) {
           check(dtype >= 0 && dtype <= 2, "linear_cross_entropy: dtype must be float32, bfloat16 or float16");
           check(tokens >= 0 && width >= 0 && vocab > 0 && rows >= 0 && chunk > 0, "linear_cross_entropy: a size is negative or zero");
           check(threads > 0, "linear_cross_entropy: needs at least one thread");
-          const bool needs_gradients = grad_hidden != 0 || grad_weight != 0;
+          const GradientWay ways = way_of(way);
+          const bool keeps = ways == GradientWay::keep, loss = keeps || ways == GradientWay::at_once, recompute = ways == GradientWay::recompute;
+          const bool needs_gradients = keeps || grad_hidden != 0 || grad_weight != 0;
+          check(loss || needs_gradients, "linear_cross_entropy: nothing to ", way);
+          check(recompute || ways == GradientWay::at_once || chunk >= rows, "linear_cross_entropy: the logits of all rows are kept");
           const int64_t blocks = (vocab + cross_entropy_kernels().block - 1) / cross_entropy_kernels().block;
           CrossEntropyArgs p = {};
           p.dtype = DType(dtype);
@@ -106,17 +119,18 @@ void bind_cross_entropy(py::module_& m) {
           for (int64_t i = 0; i < rows; ++i) check(p.index[i] >= 0 && p.index[i] < tokens, "linear_cross_entropy: a row is out of range");
           p.labels = pointer<const int64_t>(labels, rows, "labels");
           p.softcap = softcap;
-          p.statistics = pointer<float>(statistics, 5 * rows, "statistics");
+          p.statistics = pointer<float>(statistics, loss || recompute ? 5 * rows : 0, "statistics");
           p.chunk = chunk;
-          p.partial = pointer<float>(partial, recompute || rows == 0 ? 0 : 3 * blocks * chunk, "partial");
+          p.partial = pointer<float>(partial, loss && rows > 0 ? 3 * blocks * chunk : 0, "partial");
           p.scratch = pointer<float>(scratch, threads * lm_head_kernels().scratch_floats, "scratch");
           p.threads = threads;
-          p.recompute = recompute;
-          p.coefficients = pointer<float>(coefficients, needs_gradients ? 3 * rows : 0, "coefficients");
+          p.way = ways;
+          p.coefficients = pointer<float>(coefficients, needs_gradients && (loss || recompute) ? 3 * rows : 0, "coefficients");
           p.row_weight = reinterpret_cast<const float*>(row_weight);
           p.smoothing = smoothing, p.z_loss = z_loss;
           p.logits = pointer<char>(logits, needs_gradients ? chunk * (recompute ? rows : rows > 0 ? vocab : 0) : 0, "logits");
-          p.grad_hidden = reinterpret_cast<float*>(grad_hidden);
+          p.factor = factor;
+          p.grad_hidden = reinterpret_cast<void*>(grad_hidden);
           p.grad_weight = reinterpret_cast<void*>(grad_weight);
           py::gil_scoped_release release;
           cross_entropy_kernels().run(p);

@@ -84,6 +84,10 @@ void backward(LV_PROJECTION_ARGUMENTS, uintptr_t grad, int64_t grad_stride, bool
 
 void bind_projection(py::module_& m) {
   m.def("pixel_shuffle_projection_block_rows", [] { return projection_kernels().block_rows; });
+  m.def("pixel_shuffle_projection_act_stride", [](int64_t hidden, int dtype) {
+    check(dtype >= 0 && dtype <= 2, "pixel_shuffle_projection: dtype must be float32, bfloat16 or float16");
+    return projection_kernels().act_stride(hidden, DType(dtype));
+  }, "elements between rows of the scratch for activations");
   m.def("pixel_shuffle_projection_forward", &forward);
   m.def("pixel_shuffle_projection_backward", &backward);
 }

@@ -97,16 +97,16 @@ struct RowGradient {
 void logits_of(const CrossEntropyArgs& p, const Part& part, bool keep) {
   const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part);
   const int64_t blocks = (p.vocab + kTileN - 1) / kTileN, plane = blocks * p.chunk;
-  const bool bf16 = keeps_bf16(p.dtype, p.softcap, p.recompute);
+  const bool recompute = p.way == GradientWay::recompute, bf16 = keeps_bf16(p.dtype, p.softcap, recompute);
   const Product product = {{hidden, true}, {weight, true}, p.width, p.dtype == DType::bf16};
   // Blocks of columns keep their width whatever the number of threads: the sums over them are part of the result.
-  const TileGrid grid(part.rows, part.columns, p.threads, p.recompute ? 0 : kTileN);
+  const TileGrid grid(part.rows, part.columns, p.threads, recompute ? 0 : kTileN);
   for_each_tile(product, grid, p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
     for (int64_t i = 0; i < tile.mt; ++i) {
       float* row = c + i * stride;
       const int64_t m = tile.m0 + i, label = p.labels[part.first + m] - tile.n0, at = m * part.columns + tile.n0;
       if (p.softcap > 0.0f) softcap_row(row, tile.nt, p.softcap);
-      if (p.recompute) {
+      if (recompute) {
         const RowGradient gradient(p, part, m);
         if (bf16) gradient.row(row, tile.n0, tile.nt, static_cast<bf16_t*>(p.logits) + at);
         else gradient.row(row, tile.n0, tile.nt, static_cast<float*>(p.logits) + at);
@@ -179,39 +179,41 @@ void differentiate(const CrossEntropyArgs& p, const Part& part) {
 }
 
 void gradients(const CrossEntropyArgs& p, const Part& part) {
-  const bool pairs = p.dtype == DType::bf16;
+  const bool pairs = p.dtype == DType::bf16, at_once = p.way == GradientWay::at_once;
   const Matrix hidden = hidden_of(p, part), weight = weight_of(p, part);
-  const Matrix grad(p.logits, keeps_bf16(p.dtype, p.softcap, p.recompute) ? DType::bf16 : DType::f32, part.columns);
+  const Matrix grad(p.logits, keeps_bf16(p.dtype, p.softcap, p.way == GradientWay::recompute) ? DType::bf16 : DType::f32, part.columns);
   if (p.grad_hidden != nullptr) {
-    const Product product = {{grad, true}, {weight, false}, part.columns, pairs};
-    for_each_tile(product, TileGrid(part.rows, p.width, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
-      for (int64_t i = 0; i < tile.mt; ++i) {
-        float* out = p.grad_hidden + (part.first + tile.m0 + i) * p.width + tile.n0;
-        if (part.column == 0) std::memcpy(out, c + i * stride, size_t(tile.nt) * 4);
-        else for (int64_t n = 0; n < tile.nt; ++n) out[n] += c[i * stride + n];
-      }
-    });
+    Product product = {{grad, true}, {weight, false}, part.columns, pairs};
+    const TileGrid grid(part.rows, p.width, p.threads);
+    if (p.way == GradientWay::finish) {
+      for_each_tile(product, grid, p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
+        for (int64_t i = 0; i < tile.mt; ++i) {
+          float* values = c + i * stride;
+          for (int64_t n = 0; n < tile.nt; ++n) values[n] *= p.factor;
+          narrow_row(values, tile.nt, p.grad_hidden, p.dtype, p.index[tile.m0 + i] * p.width + tile.n0);
+        }
+      });
+    } else {
+      product.out = {static_cast<float*>(p.grad_hidden) + part.first * p.width, DType::f32, p.width, 1.0f, part.column > 0};
+      for_each_tile(product, grid, p.threads, p.scratch);
+    }
   }
   if (p.grad_weight == nullptr) return;
-  Product product = {{grad, false}, {hidden, false}, part.rows, pairs};
-  const TileGrid grid(part.columns, p.width, p.threads);
-  if (p.recompute) {      // of all rows: finished
-    char* out = static_cast<char*>(p.grad_weight) + part.column * p.width * int64_t(dtype_size(p.dtype));
-    for_each_tile(product, grid, p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
-      narrow_tile(tile, c, stride, out, p.dtype, p.width);
-    });
-  } else {
-    product.out = static_cast<float*>(p.grad_weight), product.stride = p.width, product.add = part.first > 0;
-    for_each_tile(product, grid, p.threads, p.scratch, kNoEpilogue);
-  }
+  const DType dtype = at_once ? DType::f32 : p.dtype;
+  char* out = static_cast<char*>(p.grad_weight) + part.column * p.width * int64_t(dtype_size(dtype));
+  const Product product = {{grad, false}, {hidden, false}, part.rows, pairs, {out, dtype, p.width, p.factor, part.first > 0}};
+  for_each_tile(product, TileGrid(part.columns, p.width, p.threads), p.threads, p.scratch);
 }
 
 void run(const CrossEntropyArgs& p) {
-  const bool needs_gradients = p.grad_hidden != nullptr || p.grad_weight != nullptr;
   if (p.rows == 0 && p.grad_weight != nullptr) {
-    std::memset(p.grad_weight, 0, size_t(p.vocab * p.width) * (p.recompute ? dtype_size(p.dtype) : 4));
+    std::memset(p.grad_weight, 0, size_t(p.vocab * p.width) * (p.way == GradientWay::at_once ? 4 : dtype_size(p.dtype)));
   }
-  if (p.recompute) {
+  if (p.way == GradientWay::finish) {
+    if (p.rows > 0) gradients(p, {0, p.rows, 0, p.vocab});
+    return;
+  }
+  if (p.way == GradientWay::recompute) {
     for (int64_t column = 0; column < p.vocab && p.rows > 0; column += p.chunk) {
       const Part part = {0, p.rows, column, p.vocab - column < p.chunk ? p.vocab - column : p.chunk};
       logits_of(p, part, true);
@@ -222,12 +224,12 @@ void run(const CrossEntropyArgs& p) {
   std::memset(p.statistics + p.rows, 0, size_t(p.rows) * 4);      // a label held elsewhere leaves its target at 0
   for (int64_t first = 0; first < p.rows; first += p.chunk) {
     const Part part = {first, p.rows - first < p.chunk ? p.rows - first : p.chunk, 0, p.vocab};
-    logits_of(p, part, needs_gradients);
+    logits_of(p, part, p.logits != nullptr);
     join_blocks(p, part);
-    if (!needs_gradients) continue;
+    if (p.logits == nullptr) continue;
     loss_coefficients(p, part);
     differentiate(p, part);
-    gradients(p, part);
+    if (p.way == GradientWay::at_once) gradients(p, part);
   }
 }
 

@@ -29,10 +29,8 @@ void forward_thin(const LmHeadArgs& p) {
 void forward(const LmHeadArgs& p) {
   if (p.rows <= kThinRows) return forward_thin(p);
   const Matrix hidden(p.hidden, p.dtype, p.hidden_stride, p.index), weight(p.weight, p.dtype, p.weight_stride);
-  const Product product = {{hidden, true}, {weight, true}, p.width, p.dtype == DType::bf16};
-  for_each_tile(product, TileGrid(p.rows, p.vocab, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
-    narrow_tile(tile, c, stride, p.out, p.dtype, p.vocab);
-  });
+  const Product product = {{hidden, true}, {weight, true}, p.width, p.dtype == DType::bf16, {p.out, p.dtype, p.vocab}};
+  for_each_tile(product, TileGrid(p.rows, p.vocab, p.threads), p.threads, p.scratch);
 }
 
 // A row that was asked for twice gets the sum of both gradients, added in fp32 in the order of the rows and rounded once.
@@ -58,15 +56,13 @@ void backward(const LmHeadArgs& p) {
   const Matrix hidden(p.hidden, p.dtype, p.hidden_stride, p.index), weight(p.weight, p.dtype, p.weight_stride);
   const Matrix grad(p.grad, p.dtype, p.grad_stride);
   if (p.grad_hidden != nullptr) {
-    const Product product = {{grad, true}, {weight, false}, p.vocab, pairs, p.grad_rows, p.width};
-    for_each_tile(product, TileGrid(p.rows, p.width, p.threads), p.threads, p.scratch, kNoEpilogue);
+    const Product product = {{grad, true}, {weight, false}, p.vocab, pairs, {p.grad_rows, DType::f32, p.width}};
+    for_each_tile(product, TileGrid(p.rows, p.width, p.threads), p.threads, p.scratch);
     scatter(p);
   }
   if (p.grad_weight != nullptr) {
-    const Product product = {{grad, false}, {hidden, false}, p.rows, pairs};
-    for_each_tile(product, TileGrid(p.vocab, p.width, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
-      narrow_tile(tile, c, stride, p.grad_weight, p.dtype, p.width);
-    });
+    const Product product = {{grad, false}, {hidden, false}, p.rows, pairs, {p.grad_weight, p.dtype, p.width}};
+    for_each_tile(product, TileGrid(p.vocab, p.width, p.threads), p.threads, p.scratch);
   }
 }
 

@@ -53,6 +53,15 @@ struct Shuffled {
     const int64_t patch = (2 * i + corner / 2) * p.grid_cols + 2 * j + corner % 2;
     return row / per_tile * tile_stride + patch * patch_stride + col % p.channels;
   }
+  // each(at, take): columns `at` … `at + take` of a token lie side by side.
+  template <class Each>
+  __attribute__((always_inline)) void runs(int64_t col, int64_t count, const Each& each) const {
+    for (int64_t at = col; at < col + count;) {
+      const int64_t take = smaller(run - at % run, col + count - at);
+      each(at, take);
+      at += take;
+    }
+  }
   const float* read(int64_t row, int64_t col, int64_t count, float* buffer) const {
     for (int64_t done = 0; done < count;) {
       const int64_t at = col + done, within = at % run, take = smaller(run - within, count - done);
@@ -92,15 +101,24 @@ struct Normalised final : RowSource {
  private:
   template <class T>
   const T* normalise(int64_t row, int64_t col, int64_t count, T* out) const {
-    float buffer[kRowFloats];
+    if (shuffled.p.dtype == DType::bf16) return normalise_from<bf16_t>(row, col, count, out);
+    if (shuffled.p.dtype == DType::f16) return normalise_from<f16_t>(row, col, count, out);
+    return normalise_from<float>(row, col, count, out);
+  }
+  template <class From, class T>
+  const T* normalise_from(int64_t row, int64_t col, int64_t count, T* out) const {
     const ProjectionArgs& p = shuffled.p;
-    const float* values = shuffled.read(row, col, count, buffer);
     const float mean = p.stats[row], inverse = p.stats[tokens_of(p) + row];
-    for (int64_t i = 0; i < count; i += W) {
-      const int lanes = int(smaller(count - i, W));
-      const vf weight = load_n(p.ln_weight + col + i, lanes), bias = load_n(p.ln_bias + col + i, lanes);
-      store_n(out + i, (load_n(values + i, lanes) - mean) * inverse * weight + bias, lanes);
-    }
+    shuffled.runs(col, count, [&](int64_t at, int64_t take) {
+      const From* values = static_cast<const From*>(p.x) + shuffled.offset(row, at);
+      const float *weight = p.ln_weight + at, *bias = p.ln_bias + at;
+      T* to = out + (at - col);
+      int64_t i = 0;
+      for (; i + W <= take; i += W) store(to + i, (load(values + i) - mean) * inverse * load(weight + i) + load(bias + i));
+      if (i == take) return;
+      const int lanes = int(take - i);
+      store_n(to + i, (load_n(values + i, lanes) - mean) * inverse * load_n(weight + i, lanes) + load_n(bias + i, lanes), lanes);
+    });
     return out;
   }
 };
@@ -138,13 +156,18 @@ void add_bias(const Tile& tile, float* c, int64_t stride, const float* bias) {
   }
 }
 
+int64_t act_stride(int64_t hidden, DType dtype) { return in_place_stride(hidden, dtype); }
+Matrix act_of(const ProjectionArgs& p) { return {p.act, p.dtype, act_stride(p.hidden, p.dtype)}; }
+
 void forward(const ProjectionArgs& p) {
   const int64_t tokens = tokens_of(p);
   const bool pairs = p.dtype == DType::bf16;
   statistics(p);
   const Normalised normalised(p);
-  const Matrix w1(p.w1, p.dtype, p.w1_stride), w2(p.w2, p.dtype, p.w2_stride), act(p.act, p.dtype, p.hidden);
-  const Product first = {{normalised, true}, {w1, true}, 4 * p.channels, pairs}, second = {{act, true}, {w2, true}, p.hidden, pairs};
+  const Matrix w1(p.w1, p.dtype, p.w1_stride), w2(p.w2, p.dtype, p.w2_stride), act = act_of(p);
+  const Product first = {{normalised, true}, {w1, true}, 4 * p.channels, pairs};
+  Product second = {{act, true}, {w2, true}, p.hidden, pairs};
+  if (p.b2 == nullptr) second.out = {p.y, p.dtype, p.out};
   for_each_tile(first, TileGrid(tokens, p.hidden, p.threads), p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
     if (p.b1 != nullptr) add_bias(tile, c, stride, p.b1);
     if (p.z != nullptr) narrow_tile(tile, c, stride, p.z, p.dtype, p.hidden);
@@ -155,10 +178,11 @@ void forward(const ProjectionArgs& p) {
         store_n(at, gelu(load_n(at, lanes)), lanes);
       }
     }
-    narrow_tile(tile, c, stride, p.act, p.dtype, p.hidden);
+    narrow_tile(tile, c, stride, p.act, p.dtype, act.stride);
   });
   for_each_tile(second, TileGrid(tokens, p.out, p.threads), p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
-    if (p.b2 != nullptr) add_bias(tile, c, stride, p.b2);
+    if (p.b2 == nullptr) return;
+    add_bias(tile, c, stride, p.b2);
     narrow_tile(tile, c, stride, p.y, p.dtype, p.out);
   });
 }
@@ -184,19 +208,20 @@ void column_sums(const RowSource& source, int64_t rows, int64_t width, int threa
 }
 
 void activations_again(const ProjectionArgs& p) {
-  const Matrix z(p.z, p.dtype, p.hidden);
   constexpr int64_t kPiece = 1024;
-  const int64_t total = tokens_of(p) * p.hidden;
+  const Matrix act = act_of(p);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t from = 0; from < total; from += kPiece) {
+  for (int64_t row = 0; row < tokens_of(p); ++row) {
     float buffer[kPiece], out[kPiece];
-    const int64_t count = smaller(total - from, kPiece);
-    const float* values = widen_row(p.z, p.dtype, from, count, buffer);
-    for (int64_t i = 0; i < count; i += W) {
-      const int lanes = int(smaller(count - i, W));
-      store_n(out + i, gelu(load_n(values + i, lanes)), lanes);
+    for (int64_t from = 0; from < p.hidden; from += kPiece) {
+      const int64_t count = smaller(p.hidden - from, kPiece);
+      const float* values = widen_row(p.z, p.dtype, row * p.hidden + from, count, buffer);
+      for (int64_t i = 0; i < count; i += W) {
+        const int lanes = int(smaller(count - i, W));
+        store_n(out + i, gelu(load_n(values + i, lanes)), lanes);
+      }
+      narrow_row(out, count, p.act, p.dtype, act.offset(row, from));
     }
-    narrow_row(out, count, p.act, p.dtype, from);
   }
 }
 
@@ -204,14 +229,12 @@ void activations_again(const ProjectionArgs& p) {
 void second_linear(const ProjectionArgs& p) {
   const int64_t tokens = tokens_of(p);
   const bool pairs = p.dtype == DType::bf16;
-  const Matrix grad(p.grad, p.dtype, p.grad_stride), w2(p.w2, p.dtype, p.w2_stride), act(p.act, p.dtype, p.hidden);
+  const Matrix grad(p.grad, p.dtype, p.grad_stride), w2(p.w2, p.dtype, p.w2_stride), act = act_of(p);
   if (p.grad_b2 != nullptr) column_sums(grad, tokens, p.out, p.threads, p.grad_b2);
   if (p.grad_w2 != nullptr) {
     activations_again(p);
-    const Product product = {{grad, false}, {act, false}, tokens, pairs};
-    for_each_tile(product, TileGrid(p.out, p.hidden, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
-      narrow_tile(tile, c, stride, p.grad_w2, p.dtype, p.hidden);
-    });
+    const Product product = {{grad, false}, {act, false}, tokens, pairs, {p.grad_w2, p.dtype, p.hidden}};
+    for_each_tile(product, TileGrid(p.out, p.hidden, p.threads), p.threads, p.scratch);
   }
   if (!p.needs_first) return;
   const Product product = {{grad, true}, {w2, false}, p.out, pairs};
@@ -225,7 +248,7 @@ void second_linear(const ProjectionArgs& p) {
         store_n(at, load_n(at, lanes) * gelu_slope(load_n(z + n, lanes)), lanes);
       }
     }
-    narrow_tile(tile, c, stride, p.act, p.dtype, p.hidden);
+    narrow_tile(tile, c, stride, p.act, p.dtype, act.stride);
   });
 }
 
@@ -257,7 +280,7 @@ void through_layer_norm(const ProjectionArgs& p, int64_t row, const float* x, fl
 void layer_norm(const ProjectionArgs& p) {
   const int64_t tokens = tokens_of(p), width = 4 * p.channels, blocks = (tokens + kBlockRows - 1) / kBlockRows;
   const Shuffled shuffled(p);
-  const Matrix grad_z(p.act, p.dtype, p.hidden), w1(p.w1, p.dtype, p.w1_stride);
+  const Matrix grad_z = act_of(p), w1(p.w1, p.dtype, p.w1_stride);
   const Product product = {{grad_z, true}, {w1, false}, p.hidden, p.dtype == DType::bf16};
   for_each_tile(product, TileGrid(tokens, width, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
     for (int64_t i = 0; i < tile.mt; ++i) shuffled.write_gradient(tile.m0 + i, tile.n0, tile.nt, c + i * stride);
@@ -282,14 +305,12 @@ void layer_norm(const ProjectionArgs& p) {
 
 void first_linear(const ProjectionArgs& p) {
   const int64_t tokens = tokens_of(p), width = 4 * p.channels;
-  const Matrix grad_z(p.act, p.dtype, p.hidden);
+  const Matrix grad_z = act_of(p);
   if (p.grad_b1 != nullptr) column_sums(grad_z, tokens, p.hidden, p.threads, p.grad_b1);
   if (p.grad_w1 != nullptr) {
     const Normalised normalised(p);
-    const Product product = {{grad_z, false}, {normalised, false}, tokens, p.dtype == DType::bf16};
-    for_each_tile(product, TileGrid(p.hidden, width, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
-      narrow_tile(tile, c, stride, p.grad_w1, p.dtype, width);
-    });
+    const Product product = {{grad_z, false}, {normalised, false}, tokens, p.dtype == DType::bf16, {p.grad_w1, p.dtype, width}};
+    for_each_tile(product, TileGrid(p.hidden, width, p.threads), p.threads, p.scratch);
   }
   if (p.grad_x != nullptr || p.partial != nullptr) layer_norm(p);
 }
@@ -301,6 +322,6 @@ void backward(const ProjectionArgs& p) {
 
 }  // namespace
 
-extern const ProjectionKernels projection_kernels = {kBlockRows, &forward, &backward};
+extern const ProjectionKernels projection_kernels = {kBlockRows, &act_stride, &forward, &backward};
 
 }  // namespace longvita::LV_ISA

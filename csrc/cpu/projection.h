@@ -22,7 +22,8 @@ struct ProjectionArgs {
   float eps;
   float* stats;                                       // (2, R): mean and 1/std of every token; R = N · rows/2 · cols/2
   void* z;                                            // (R, hidden) before GELU, in dtype; null in a forward pass that is not differentiated
-  void* act;                                          // (R, hidden) after GELU, in dtype; backward puts the gradient of z into its place
+  void* act;                                          // (R, hidden) after GELU, in dtype, 64-byte aligned, rows act_stride(hidden, dtype)
+                                                      // apart; backward puts the gradient of z into its place
   float* scratch;                                     // threads × gemm_scratch_floats
   float* row_scratch;                                 // threads × 2 × 4C
   int threads;
@@ -41,6 +42,7 @@ struct ProjectionArgs {
 
 struct ProjectionKernels {
   int64_t block_rows;                                 // tokens behind one row of partial
+  int64_t (*act_stride)(int64_t hidden, DType dtype);
   void (*forward)(const ProjectionArgs&);
   void (*backward)(const ProjectionArgs&);
 };

@@ -49,31 +49,64 @@ def native_loss(hidden, weight, labels, ignore_index, loss_weight, softcap, z_lo
     return loss, counts
 
 
-def run_native(hidden, weight, rows, labels, softcap, statistics, *, coefficients=None, recompute=False, row_weight=None, smoothing=0.0,
-               z_loss=0.0, needs=(False, False)):  # fmt: skip
-    """Fills statistics (5, R) of `rows` (R,) of hidden, or reads them to recompute → gradients (R, H), float32, and (V, H), float32 or,
-    where recomputed, in weight's dtype."""
-    module, vocab = native.load(), weight.shape[0]
-    code = native.dtype_code(hidden.dtype)
-    logit_bytes = module.linear_cross_entropy_logit_bytes(code, softcap, recompute)
-    chunk = (chunk_columns if recompute else chunk_rows)(vocab, rows.shape[0], logit_bytes)
-    blocks = -(-vocab // module.linear_cross_entropy_block())
-    if coefficients is None:
-        coefficients = torch.empty(3, rows.shape[0] if any(needs) else 0, dtype=torch.float32)
-    partial = torch.empty(0 if recompute else 3 * blocks * chunk, dtype=torch.float32)
-    logits = torch.empty(chunk * (rows.shape[0] if recompute else vocab) if any(needs) else 0,
-                         dtype=torch.float32 if logit_bytes == 4 else torch.bfloat16)  # fmt: skip
-    sizes = ((rows.shape[0], torch.float32), (vocab, weight.dtype if recompute else torch.float32))
-    grads = [torch.empty(n, hidden.shape[1], dtype=dtype) if need else _common.absent(hidden)
-             for (n, dtype), need in zip(sizes, needs, strict=True)]  # fmt: skip
+def logit_bytes(hidden, softcap):
+    """Bytes of one logit gradient as the native kernel holds it."""
+    return native.load().linear_cross_entropy_logit_bytes(native.dtype_code(hidden.dtype), softcap, False)
+
+
+def _run(way, hidden, weight, rows, labels, softcap, chunk, logits, grads, *, statistics=None, coefficients=None, partial=None,
+         row_weight=None, smoothing=0.0, z_loss=0.0, factor=1.0):  # fmt: skip
+    def at(tensor):
+        return 0 if tensor is None else tensor.data_ptr()
+
     scratch = _gemm.scratch()
-    module.linear_cross_entropy_run(
-        code, *hidden.shape, vocab, rows.shape[0],
-        hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), rows.data_ptr(), labels.data_ptr(),
-        softcap, statistics.data_ptr(), chunk, partial.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
-        recompute, coefficients.data_ptr(), 0 if row_weight is None else row_weight.data_ptr(), smoothing, z_loss,
-        logits.data_ptr(), grads[0].data_ptr(), grads[1].data_ptr(),
+    native.load().linear_cross_entropy_run(
+        native.dtype_code(hidden.dtype), *hidden.shape, weight.shape[0], rows.shape[0], at(hidden), hidden.stride(0), at(weight),
+        weight.stride(0), at(rows), at(labels), softcap, at(statistics), chunk, at(partial), at(scratch), torch.get_num_threads(), way,
+        at(coefficients), at(row_weight), smoothing, z_loss, at(logits), factor, at(grads[0]), at(grads[1]),
     )  # fmt: skip
+
+
+def run_native(hidden, weight, rows, labels, softcap, statistics, *, needs=(False, False), keep=0, row_weight=None, smoothing=0.0,
+               z_loss=0.0):  # fmt: skip
+    """Fills statistics (5, R) of `rows` (R,) of hidden → gradients (R, H) and (V, H), float32; or, with keep = logit_bytes(…), those of the
+    logits (R, V), for `finish`."""
+    vocab, size = weight.shape[0], rows.shape[0]
+    bytes_each = keep or native.load().linear_cross_entropy_logit_bytes(native.dtype_code(hidden.dtype), softcap, False)
+    chunk = max(1, size) if keep else chunk_rows(vocab, size, bytes_each)
+    logits = torch.empty(size if keep else chunk if any(needs) else 0, vocab, dtype=kept_dtype(bytes_each))
+    grads = (_common.absent(hidden),) * 2 if keep else [
+        torch.empty(n, hidden.shape[1], dtype=torch.float32) if need else _common.absent(hidden)
+        for n, need in zip((size, vocab), needs, strict=True)]  # fmt: skip
+    _run(
+        "keep" if keep else "at_once", hidden, weight, rows, labels, softcap, chunk, logits, grads, statistics=statistics,
+        coefficients=torch.empty(3, size if any(needs) else 0, dtype=torch.float32),
+        partial=torch.empty(3, -(-vocab // native.load().linear_cross_entropy_block()), chunk, dtype=torch.float32),
+        row_weight=row_weight, smoothing=smoothing, z_loss=z_loss,
+    )  # fmt: skip
+    return logits if keep else grads
+
+
+def kept_dtype(bytes_each):
+    return torch.float32 if bytes_each == 4 else torch.bfloat16
+
+
+def finish(hidden, weight, rows, kept_RV, factor, needs):
+    """Gradients of hidden (T, H) and weight, where needed, from those of the logits of `rows`, times factor; rounded once."""
+    grads = [torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else _common.absent(weight)]
+    grads.insert(0, torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else _common.absent(hidden))
+    _run("finish", hidden, weight, rows, rows, 0.0, max(1, rows.shape[0]), kept_RV, grads, factor=float(factor))
+    return tuple(grads)
+
+
+def run_again(hidden, weight, rows, labels, softcap, statistics, coefficients, needs):
+    """Gradients from those of the statistics (3, R), with the logits made again → (R, H), float32, and (V, H) in weight's dtype."""
+    bytes_each = native.load().linear_cross_entropy_logit_bytes(native.dtype_code(hidden.dtype), softcap, True)
+    chunk = chunk_columns(weight.shape[0], rows.shape[0], bytes_each)
+    logits = torch.empty(rows.shape[0], chunk, dtype=kept_dtype(bytes_each))
+    grads = [torch.empty(n, hidden.shape[1], dtype=dtype) if need else _common.absent(hidden)
+             for n, dtype, need in zip((rows.shape[0], weight.shape[0]), (torch.float32, weight.dtype), needs, strict=True)]  # fmt: skip
+    _run("recompute", hidden, weight, rows, labels, softcap, chunk, logits, grads, statistics=statistics, coefficients=coefficients)
     return grads
 
 

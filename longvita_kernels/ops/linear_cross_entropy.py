@@ -5,9 +5,11 @@
     loss[t] = (1 − s)·(lse[t] − l[t, label[t]]) + s·(lse[t] − mean_v l[t, v]) + z·lse[t]²
 
 (T, H): hidden. (V, H): weight. (T,): labels, already shifted. s label_smoothing, z z_loss. Rows whose label is ignore_index are dropped
-before anything is computed. R: rows that are left. Logits exist in float32 for one chunk of rows at a time (`_logit_chunks`); a chunk gives
-its loss and, in the same visit, both gradients for a summed loss, which backward only scales. For reduction="none" and for a
-vocabulary that is spread over processes the gradients need numbers that come later, so backward makes the logits again.
+before anything is computed. R: rows that are left. Logits exist for one chunk of rows at a time (`_logit_chunks`); a chunk gives
+its loss and, in the same visit, both gradients for a summed loss, which backward only scales. Where the rows are so few that their logits
+are no larger than the float32 gradient of weight, the logits' gradients are kept instead, and backward multiplies them. For
+reduction="none" and for a vocabulary that is spread over processes the gradients need numbers that come later, so backward makes the
+logits again.
 
 Sources: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009); Hsu et al. 2024, Liger Kernel
 (arXiv 2410.10989), for gradients in the forward pass; Chowdhery et al. 2022 (PaLM) for z_loss.
@@ -111,7 +113,9 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
 
     Memory beside inputs and outputs: one chunk of logits, at most max(16 MiB, V KiB), and 3.6 MiB per thread; from forward to backward
     the float32 gradients of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile (T, H): R is not known
-    there). With low_memory: at most max(16 MiB, R KiB) of logits and, in backward, the float32 gradient of the rows (R, H).
+    there); or, where that is smaller than the latter, the gradients of the logits (R, V), in 16 bits where those are multiplied. With
+    low_memory: at most max(16 MiB, R KiB) of logits and, in backward, the float32 gradient of the rows (R, H). On a GPU R is not known to
+    the host and counts as T, and a chunk of logits takes up to 1.25 GiB.
     Raises ValueError for arguments that do not fit and, on the CPU, for a label outside 0 … V−1 that is not ignore_index.
     """
     hidden, weight = _common.autocast_tensors(hidden, weight)
@@ -147,15 +151,27 @@ def _summed(hidden, weight, labels, needs, ignore_index, reduction, loss_weight,
         rows = (labels != ignore_index).nonzero().squeeze(1)  # so that what waits for backward has R rows, not T
     else:
         rows = torch.arange(labels.shape[0], device=labels.device)
+    keep = 0
+    if needs[1] and not torch.compiler.is_compiling():
+        keep = _kept_bytes(hidden, rows.shape[0], softcap, backends.choose("linear_cross_entropy", hidden))
     picked = labels[rows]
     picked_weight = None if loss_weight is None else loss_weight[rows]
     loss, statistics, _, _ = _loss(
-        hidden, weight, rows, picked, picked_weight, ignore_index, softcap, z_loss, label_smoothing, needs
+        hidden, weight, rows, picked, picked_weight, ignore_index, softcap, z_loss, label_smoothing, needs, keep
     )  # fmt: skip
     supervised = picked != ignore_index
     if reduction == "mean":
         loss = loss / _divisor(supervised.to(loss.dtype) if loss_weight is None else picked_weight * supervised)
     return _with_stats(loss, statistics, supervised, return_stats)
+
+
+def _kept_bytes(hidden, rows, softcap, backend):
+    """Bytes of one kept logit gradient, if those of `rows` rows are no larger than a float32 gradient of weight, whose place they take;
+    or 0."""
+    if backend == "reference":
+        return 0
+    size = hidden.element_size() if backend == "triton" else _logit_chunks.logit_bytes(hidden, softcap)
+    return size if rows * size <= 4 * hidden.shape[1] else 0
 
 
 def _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, label_smoothing, vocab_start, vocab_group):
@@ -188,17 +204,18 @@ def _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, labe
 # ------------------------------------------------------------------------------------------------------------------------------ flat ops
 
 
-def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs):
-    """Sum of the losses of `rows`, their statistics and, unscaled and in float32, the gradients that `needs` asks for."""
+def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, keep):
+    """Sum of the losses of `rows`, their statistics and, unscaled and in float32, the gradients that `needs` asks for; or, with `keep`, the
+    bytes of each (`_logit_chunks.kept_bytes`), an empty tensor and the gradients of the logits."""
     _logit_chunks.check_labels(labels, rows, ignore_index, weight.shape[0])
     loss, statistics, grad_rows, grad_weight = _loss_fake(
-        hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs
+        hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, keep
     )
     backend = backends.choose("linear_cross_entropy", hidden)
     if backend == "triton":
         _triton().loss_pass(
             hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, statistics.zero_(), grad_rows,
-            grad_weight,
+            grad_weight, keep,
         )  # fmt: skip
         supervised = labels != ignore_index
         row_loss = torch.where(supervised, _row_loss(statistics, weight.shape[0], z_loss, label_smoothing), 0.0)
@@ -208,17 +225,26 @@ def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap,
     picked, labels = rows[kept], labels[kept]
     weight_R = None if loss_weight is None else loss_weight[kept]
     if backend == "reference":
+        if keep:
+            raise RuntimeError("the reference cannot keep the gradients of the logits; the backend changed inside a call")
         found, grads = _reference_pass(hidden, weight, picked, labels, weight_R, softcap, z_loss, label_smoothing, needs)
     else:
         found = torch.empty(5, kept.shape[0], dtype=torch.float32)
-        options = {"row_weight": weight_R, "smoothing": label_smoothing, "z_loss": z_loss, "needs": needs}
+        options = {"row_weight": weight_R, "smoothing": label_smoothing, "z_loss": z_loss, "needs": needs, "keep": keep}
         grads = _logit_chunks.run_native(hidden, weight, picked, labels, softcap, found, **options)
     row_loss = _row_loss(found, weight.shape[0], z_loss, label_smoothing)
     loss.copy_((row_loss if weight_R is None else row_loss * weight_R).sum())
     statistics.zero_().index_copy_(1, kept, found)
-    if needs[0]:
-        grad_rows.zero_().index_copy_(0, kept, grads[0]) if kept.shape[0] < rows.shape[0] else grad_rows.copy_(grads[0])
-    return loss, statistics, grad_rows, grads[1] if needs[1] else grad_weight
+    if keep:
+        return loss, statistics, grad_rows, _spread(grads, kept, rows)
+    return loss, statistics, _spread(grads[0], kept, rows) if needs[0] else grad_rows, grads[1] if needs[1] else grad_weight
+
+
+def _spread(values_KN, kept, rows):
+    """The values of the rows that were computed, zeros for the rest."""
+    if kept.shape[0] == rows.shape[0]:
+        return values_KN
+    return values_KN.new_zeros(rows.shape[0], values_KN.shape[1]).index_copy_(0, kept, values_KN)
 
 
 def _triton():
@@ -241,10 +267,13 @@ def _reference_pass(hidden, weight, rows, labels, loss_weight, softcap, z_loss, 
     return statistics, _common.reference_gradients(definition, inputs, needs, (statistics.new_ones(()), None))
 
 
-def _loss_fake(hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs):
+def _loss_fake(hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, keep):
     dtype = _common.compute_dtype(hidden)
-    sizes = (rows.shape[0] if needs[0] else 0, weight.shape[0] if needs[1] else 0)
-    grads = (hidden.new_empty(size, hidden.shape[1], dtype=dtype) for size in sizes)
+    if keep:
+        grads = _common.absent(hidden), hidden.new_empty(rows.shape[0], weight.shape[0], dtype=_logit_chunks.kept_dtype(keep))
+    else:
+        sizes = (rows.shape[0] if needs[0] else 0, weight.shape[0] if needs[1] else 0)
+        grads = (hidden.new_empty(size, hidden.shape[1], dtype=dtype) for size in sizes)
     return hidden.new_empty((), dtype=dtype), hidden.new_empty(5, rows.shape[0], dtype=dtype), *grads
 
 
@@ -253,20 +282,25 @@ def _loss_setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, rows, *output[1:])
-    ctx.needs = inputs[-1]
+    ctx.needs, ctx.keep = inputs[-2:]
 
 
 def _loss_backward(ctx, grad, *unused):
     if grad is None:
-        return (None,) * 10
-    grads = _loss_grad(grad, *ctx.saved_tensors, ctx.needs)
-    return *(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), *(None,) * 8
+        return (None,) * 11
+    grads = _loss_grad(grad, *ctx.saved_tensors, ctx.needs, ctx.keep)
+    return *(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), *(None,) * 9
 
 
-def _loss_grad_impl(grad, hidden, weight, rows, statistics, grad_rows, grad_weight, needs):
-    """Scale, round once, and put the rows where they belong."""
+def _loss_grad_impl(grad, hidden, weight, rows, statistics, grad_rows, grad_weight, needs, keep):
+    """Scale, round once, and put the rows where they belong; with `keep`, `grad_weight` holds the gradients of the logits."""
+    backend = backends.choose("linear_cross_entropy", hidden)
+    if keep and backend == "triton":
+        return _triton().finish(grad, hidden, weight, rows, statistics, grad_weight, needs)
+    if keep:
+        return _logit_chunks.finish(hidden, weight, rows, grad_weight, grad, needs)
     out_hidden, out_weight = _common.absent(hidden), _common.absent(hidden)
-    if needs[0] and backends.choose("linear_cross_entropy", hidden) == "triton":
+    if needs[0] and backend == "triton":
         out_hidden = _triton().scaled_rows(grad, hidden, rows, statistics, grad_rows)  # never reads what is not supervised
     elif needs[0]:
         out_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
@@ -290,7 +324,7 @@ def _input_grads_fake(hidden, weight, needs):
     return tuple(x.new_empty(x.shape) if need else _common.absent(x) for x, need in zip((hidden, weight), needs, strict=True))
 
 
-def _loss_grad_fake(grad, hidden, weight, rows, statistics, grad_rows, grad_weight, needs):
+def _loss_grad_fake(grad, hidden, weight, rows, statistics, grad_rows, grad_weight, needs, keep):
     return _input_grads_fake(hidden, weight, needs)
 
 
@@ -346,8 +380,7 @@ def _rows_grad_impl(grad, hidden, weight, labels, statistics, ignore_index, soft
         grads = _common.reference_gradients(definition, (hidden[rows].to(dtype), weight.to(dtype)), needs, (coefficients,))
     else:
         found = statistics[:, rows].contiguous()
-        options = {"coefficients": coefficients, "recompute": True, "needs": needs}
-        grads = _logit_chunks.run_native(hidden, weight, rows, local, softcap, found, **options)
+        grads = _logit_chunks.run_again(hidden, weight, rows, local, softcap, found, coefficients, needs)
     grad_hidden, grad_weight = _common.absent(hidden), _common.absent(weight)
     if needs[0]:
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
@@ -365,14 +398,14 @@ _INPUTS = "Tensor hidden, Tensor weight"
 _OPTIONS = "int ignore_index, float softcap"
 _loss_grad = _common.define_op(
     "linear_cross_entropy_backward",
-    f"(Tensor grad, {_INPUTS}, Tensor rows, Tensor statistics, Tensor grad_rows, Tensor grad_weight, bool[2] needs) "
+    f"(Tensor grad, {_INPUTS}, Tensor rows, Tensor statistics, Tensor grad_rows, Tensor grad_weight, bool[2] needs, int keep) "
     "-> (Tensor, Tensor)",
     _loss_grad_impl, _loss_grad_fake,
 )  # fmt: skip
 _loss = _common.define_op(
     "linear_cross_entropy",
-    f"({_INPUTS}, Tensor rows, Tensor labels, Tensor? loss_weight, {_OPTIONS}, float z_loss, float label_smoothing, bool[2] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, Tensor rows, Tensor labels, Tensor? loss_weight, {_OPTIONS}, float z_loss, float label_smoothing, bool[2] needs, "
+    "int keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _loss_impl, _loss_fake, backward=_loss_backward, setup_context=_loss_setup_context,
 )  # fmt: skip
 _rows_grad = _common.define_op(
@@ -432,9 +465,10 @@ def _flat_calls(sample):
     hidden, weight, labels = sample.args
     options = [sample.kwargs.get("ignore_index", -100), sample.kwargs.get("softcap", 0.0)]
     rows, needs = torch.arange(labels.shape[0]), [True, True]
-    loss_args = (hidden, weight, rows, labels, sample.kwargs.get("loss_weight"), *options, 0.01, 0.1, needs)
-    yield _loss, loss_args
-    yield _loss_grad, (torch.tensor(0.5), hidden, weight, rows, *_loss(*loss_args)[1:], needs)
+    for keep in {0, _kept_bytes(hidden, 0, options[1], backends.choose("linear_cross_entropy", hidden))}:
+        loss_args = (hidden, weight, rows, labels, sample.kwargs.get("loss_weight"), *options, 0.01, 0.1, needs, keep)
+        yield _loss, loss_args
+        yield _loss_grad, (torch.tensor(0.5), hidden, weight, rows, *_loss(*loss_args)[1:], needs, keep)
     yield _rows, (hidden, weight, labels, *options, 0, weight.shape[0])
     statistics = _rows(hidden, weight, labels, *options, 0, weight.shape[0])
     for needs in ([True, True], [False, True], [True, False]):

@@ -125,22 +125,26 @@ def _sizes(x, w1, w2, grid):
 
 
 def _native_arguments(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, stats, z, act, more=0):
-    """(what forward and backward share, what it points to and must live as long). stats, z and act are addresses; with `more`, the first
-    two lie in the scratch, behind which there are `more` floats for act."""
+    """(what forward and backward share, what it points to and must live as long). stats, z and act are addresses; with `more`, act and then
+    stats lie at the end of the scratch, `more` floats for act."""
     module, threads, (tile, patch, _) = native.load(), torch.get_num_threads(), x.stride()
     sizes, tokens = _sizes(x, w1, w2, grid)
     vectors = [None if t is None else _vector(t) for t in (ln_weight, ln_bias, b1, b2)]
-    rows, product = threads * 2 * 4 * x.shape[2], threads * module.gemm_scratch_floats()
+    rows, product = -(-threads * 2 * 4 * x.shape[2] // 16) * 16, threads * module.gemm_scratch_floats()
     scratch = torch.empty(rows + product + (2 * tokens + more if more else 0), dtype=torch.float32)
     at = scratch.data_ptr()
     if more:
-        stats, act = at + 4 * (rows + product), at + 4 * (rows + product + 2 * tokens)
+        act, stats = at + 4 * (rows + product), at + 4 * (rows + product + more)
     ln_weight, ln_bias, b1, b2 = (0 if t is None else t.data_ptr() for t in vectors)
     first = x.data_ptr() + (patch * x.element_size() if class_token and x.numel() else 0)
     return (
         native.dtype_code(x.dtype), sizes, first, (tile, patch), ln_weight, ln_bias, w1.data_ptr(), w1.stride(0), b1, w2.data_ptr(),
         w2.stride(0), b2, eps, stats, z, act, at + 4 * rows, at, threads,
     ), (vectors, scratch)  # fmt: skip
+
+
+def _act_stride(hidden, dtype):
+    return native.load().pixel_shuffle_projection_act_stride(hidden, native.dtype_code(dtype))
 
 
 def _vector(tensor):
@@ -160,7 +164,7 @@ def _forward_impl(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps,
     if native_runs and only_out:
         tiles, tokens = x.shape[0], (grid[0] // 2) * (grid[1] // 2)
         y = torch.empty(tiles, tokens, w2.shape[0], dtype=x.dtype)
-        more = max(1, -(-tiles * tokens * w1.shape[0] * x.element_size() // 4))  # floats for act
+        more = max(1, -(-tiles * tokens * _act_stride(w1.shape[0], x.dtype) * x.element_size() // 4))  # floats for act
         arguments, alive = _native_arguments(*inputs, grid, class_token, eps, 0, 0, 0, more)
         native.load().pixel_shuffle_projection_forward(*arguments, y.data_ptr())
         return y
@@ -168,7 +172,7 @@ def _forward_impl(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps,
     if not native_runs:
         y = _common.run_reference(reference, x, ln_weight, ln_bias, w1, w2, b1=b1, b2=b2, grid=grid, class_token=class_token, eps=eps)
         return y if only_out else (y, z.zero_(), stats.zero_())  # its backward runs the definition again and reads neither
-    act = x.new_empty(stats.shape[1], w1.shape[0])
+    act = x.new_empty(stats.shape[1], _act_stride(w1.shape[0], x.dtype))
     arguments, alive = _native_arguments(*inputs, grid, class_token, eps, stats.data_ptr(), z.data_ptr(), act.data_ptr())
     native.load().pixel_shuffle_projection_forward(*arguments, y.data_ptr())
     return y, z, stats
@@ -205,7 +209,7 @@ def _backward_impl(grad, x, ln_weight, ln_bias, w1, b1, w2, b2, z, stats, grid, 
         out_x[:, 0].zero_()
     blocks = -(-tokens // module.pixel_shuffle_projection_block_rows())
     partial = torch.empty(max(blocks, 1) if need_lw or need_lb else 0, 2, 4 * channels, dtype=torch.float32)
-    act = x.new_empty(tokens, hidden)
+    act = x.new_empty(tokens, _act_stride(hidden, x.dtype))
     arguments, alive = _native_arguments(*inputs, grid, class_token, eps, stats.data_ptr(), z.data_ptr(), act.data_ptr())
     module.pixel_shuffle_projection_backward(
         *arguments, grad.data_ptr(), grad.stride(0), need_x, partial.data_ptr(), patches.stride()[:2] if patches.numel() else (0, 0),

@@ -36,7 +36,7 @@ def gather_kernel(
         if ROWS:
             source = tl.minimum(tl.maximum(tl.load(rows + source), 0), T - 1)
         values = tl.load(hidden + source[:, None] * stride + h[None, :], mask=(m < present)[:, None] & (h < H)[None, :], other=0.0)
-        tl.store(x + m.to(tl.int64)[:, None] * H + h[None, :], values, mask=(h < H)[None, :])
+        tl.store(x + m.to(tl.int64)[:, None] * H + h[None, :], values, mask=(m < chunk)[:, None] & (h < H)[None, :])
 
 
 @triton.jit

@@ -118,16 +118,17 @@ def device_rows(count, first, most):
 
 @triton.jit
 def matmul_kernel(
-    a, b, c, index, index_limit, count, first, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_cn,
-    INDEX: tl.constexpr, COUNT: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    a, b, c, index, index_limit, count, first, factor, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_cn,
+    INDEX: tl.constexpr, COUNT: tl.constexpr, ACCUMULATE: tl.constexpr, FACTOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """INDEX: which dimension goes through `index`, clamped to its limit: "N" or "K" of b, "M" of c, or "". COUNT: which of M and K the
-    device knows better: row `first` of the problem is row 0 of a; where it is K, a and b hold zeros up to the next multiple of 128."""
+    device knows better: row `first` of the problem is row 0 of a; where it is K, a and b hold zeros up to the next multiple of 64, as
+    far as they go. FACTOR: c is multiplied by what `factor` points to."""
     if COUNT == "M":
         M = device_rows(count, first, M)
     if COUNT == "K":
-        K = tl.cdiv(device_rows(count, first, K), BLOCK_K) * BLOCK_K
+        K = tl.minimum(tl.cdiv(device_rows(count, first, K), BLOCK_K) * BLOCK_K, K)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
     if ACCUMULATE:
@@ -166,16 +167,19 @@ def matmul_kernel(
             c_MN = c + target[:, None] * stride_cm + n[None, :] * stride_cn
             ok_MN = ok_M[:, None] & (n < N)[None, :]
             value = half(acc, side)
+            if FACTOR:
+                value *= tl.load(factor)
             if ACCUMULATE:
                 value += tl.load(c_MN, mask=ok_MN, other=0.0)
             tl.store(c_MN, rounded(value, c.dtype.element_ty), mask=ok_MN)
 
 
-def matmul(a_MK, b_KN, c_MN, *, index=None, along="", count=None, count_along="", first=0, accumulate=False):
+def matmul(a_MK, b_KN, c_MN, *, index=None, along="", count=None, count_along="", first=0, accumulate=False, factor=None):
     """c (+)= a · b. Shapes tell M, N and K, except that the dimension of b that goes through `index` is as long as the index.
 
     index, along       (n,) integers and the dimension that they stand for: "N" or "K" of b, "M" of c
     count, count_along one int32 on the device, and the dimension, "M" or "K", of which only entries first … count−1 exist
+    factor             one float32 on the device that the product is multiplied with
     """
     (M, K), N = a_MK.shape, c_MN.shape[1]
     if M == 0 or N == 0:
@@ -185,9 +189,10 @@ def matmul(a_MK, b_KN, c_MN, *, index=None, along="", count=None, count_along=""
     limit = {"N": b_KN.shape[1], "K": b_KN.shape[0]}.get(along, 0)
     grid = _launch.programs(a_MK.device, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n), tile.per_sm)
     matmul_kernel[(grid,)](
-        a_MK, b_KN, c_MN, none if index is None else index, limit, none if count is None else count, first, M, N, K,
+        a_MK, b_KN, c_MN, none if index is None else index, limit, none if count is None else count, first,
+        none if factor is None else factor, M, N, K,
         *a_MK.stride(), *b_KN.stride(), *c_MN.stride(),
-        INDEX=along, COUNT=count_along, ACCUMULATE=accumulate, EVEN_K=K % tile.k == 0 or count_along == "K",
+        INDEX=along, COUNT=count_along, ACCUMULATE=accumulate, FACTOR=factor is not None, EVEN_K=K % tile.k == 0,
         **blocks(a_MK.dtype, tile), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -199,7 +204,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def matmul_spec(name, capability, dtype, *, a_dense, b_dense, c_dtype=torch.float32, c_dense="n", columns=1 << 30, along="", count_along="",
-                accumulate=False, even=True):  # fmt: skip
+                accumulate=False, factor=False, even=True):  # fmt: skip
     """CompileSpec of one use of `matmul_kernel`. a_dense, b_dense, c_dense: which dimension has stride 1."""
     tile, kind = tile_for(dtype, capability, kind_for(columns)), TYPES[dtype]
     strides = {"stride_am", "stride_ak", "stride_bk", "stride_bn", "stride_cm", "stride_cn"}
@@ -209,7 +214,9 @@ def matmul_spec(name, capability, dtype, *, a_dense, b_dense, c_dtype=torch.floa
     c_kind = f"*{TYPES[c_dtype]}"
     types[c_kind] = types.get(c_kind, "") + " c"
     types["*i32"] = types.get("*i32", "") + " count"
-    constexprs = {stride: 1 for stride in dense} | {"INDEX": along, "COUNT": count_along, "ACCUMULATE": accumulate, "EVEN_K": even}
+    types["*fp32"] = types.get("*fp32", "") + " factor"
+    constexprs = {stride: 1 for stride in dense}
+    constexprs |= {"INDEX": along, "COUNT": count_along, "ACCUMULATE": accumulate, "FACTOR": factor, "EVEN_K": even}
     return spec(
         f"{name} {kind}", matmul_kernel, capability, types, constexprs | blocks(dtype, tile), warps=tile.warps, stages=tile.stages,
         matrix=dtype != torch.float32, unaligned=("index_limit",),

@@ -8,6 +8,9 @@ tile falls on are empty tiles. Offsets are clamped to the tokens that there are:
 import triton
 import triton.language as tl
 
+from longvita_kernels.triton import _launch
+
+INTERPRETED = tl.constexpr(_launch.INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Arguments that change from batch to batch: no kernel is compiled anew for their values.
@@ -82,6 +85,12 @@ def block_start(number, begin, a, b, BLOCK: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def multipliable(values):
+    """The values, in float32 where the interpreter would multiply the bit patterns of bfloat16."""
+    return values.to(tl.float32) if INTERPRETED and values.dtype == tl.bfloat16 else values
+
+
+@triton.jit
 def load_rows(ptr, first, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr):
     """Rows first, first + 1, … of DIM elements as (ROWS, BLOCK_DIM), zeros beyond DIM; MASKED: and from row `length` on, which are not read.
 
@@ -94,7 +103,7 @@ def load_rows(ptr, first, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr,
         values = tl.load(at, mask=column < DIM, other=0.0)
     else:
         values = tl.load(at)
-    return values
+    return multipliable(values)
 
 
 @triton.jit

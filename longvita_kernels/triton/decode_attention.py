@@ -14,7 +14,9 @@ from longvita_kernels.triton import _launch
 from longvita_kernels.triton._compile import CAPABILITIES, CompileSpec
 from longvita_kernels.triton._kv_cache import as_bits, cache_row, from_float8
 from longvita_kernels.triton._launch import Blocks
-from longvita_kernels.triton._tiles import COUNTS, LN2, LOG2E, bounded, document_of, extent, first_row, tanh, visible_range, work_item
+from longvita_kernels.triton._tiles import (
+    COUNTS, LN2, LOG2E, bounded, document_of, extent, first_row, multipliable, tanh, visible_range, work_item,
+)  # fmt: skip
 
 # By capability and (bytes per element of q, D as a power of 2, whether sequences bring more than 16 rows).
 BLOCKS = {
@@ -60,7 +62,7 @@ def decode_kernel(
                 token, head = (start + query).to(tl.int64), (kv_head * GROUP + row % GROUP).to(tl.int64)
                 column = tl.arange(0, BLOCK_DIM)[None, :]
                 mask = there[:, None] & (column < DIM)
-                q = tl.load(q_ptr + (token * q_stride + head * q_head)[:, None] + column, mask=mask, other=0.0)
+                q = multipliable(tl.load(q_ptr + (token * q_stride + head * q_head)[:, None] + column, mask=mask, other=0.0))
                 length = bounded(lengths_ptr, sequence, 0, capacity)
                 offset = length - queries
                 last = (tl.minimum(first + M, queries * GROUP) - 1) // GROUP

@@ -7,7 +7,10 @@ that follow are persistent and read R on the device. A chunk of rows (at most WO
     logits      l = softcap(x · weightᵀ), stored rounded to the inputs' dtype; of each half tile max, Σ exp(l − max), Σ l before rounding
     combine     statistics of each row, and the coefficients of its gradient
     gradient    l becomes d loss / d (x · weightᵀ) in place
-    products    gradient · weight, into float32 rows; gradientᵀ · x, added up over the chunks in float32
+    products    gradient · weight, into float32 rows; gradientᵀ · x, added up over the chunks in float32; backward scales both
+
+Where the gradients of all logits are no larger than a float32 gradient of weight, they are one chunk and kept, and backward makes the
+products, with the factor and the only rounding in their epilogues: nothing of the size of weight is written twice.
 
 Where the gradients need numbers that come later (`rows_gradient`), chunks are columns: the logits are made again, their gradient in the
 same kernel, and the gradient of weight is complete, so it is rounded at once. Every sum has an order that depends on sizes alone.
@@ -34,17 +37,22 @@ _COMPACT, _GATHER, _COMBINE, _GRADIENT, _SCALE = 8192, (16, 256), (32, 32), (4, 
 
 
 def loss_pass(
-    hidden, weight, rows, labels, row_weight, ignore_index, softcap, z_loss, smoothing, needs, statistics, grad_rows, grad_weight
+    hidden, weight, rows, labels, row_weight, ignore_index, softcap, z_loss, smoothing, needs, statistics, grad_rows, grad_weight, keep
 ):
-    """Fills statistics (5, n), grad_rows (n, H), where supervised, and grad_weight (V, H), as far as needed, of a summed loss.
+    """Fills statistics (5, n) and, of a summed loss, as far as needed, grad_rows (n, H), where supervised, and grad_weight (V, H), both
+    float32; or, with keep, in the place of the latter the gradients of the logits (n, V), which `finish` takes.
 
     rows (n,) of hidden; labels (n,), row_weight (n,) float32 or None; statistics are zeros where nothing is supervised
     """
     vocab, n = weight.shape[0], rows.shape[0]
     labels = labels.contiguous()
     kept, count = _compact(labels, ignore_index)
-    chunk = _chunk_rows(vocab, n, hidden.element_size()) if any(needs) else _statistics_rows(n)
-    x, logits = _x_buffer(hidden, chunk), _logits_buffer(hidden, chunk, vocab) if any(needs) else None
+    if keep:  # one chunk; its buffer has two or four bytes for each gradient, under whatever name
+        chunk, logits = max(1, n), grad_weight.view(hidden.dtype)
+    else:
+        chunk = _chunk_rows(vocab, n, hidden.element_size()) if any(needs) else _statistics_rows(n)
+        logits = _logits_buffer(hidden, chunk, vocab) if any(needs) else None
+    x = _x_buffer(hidden, chunk)
     partial, coefficients = _partial(hidden, vocab, chunk), hidden.new_empty(3, n, dtype=torch.float32)
     options = (None if row_weight is None else row_weight.contiguous(), z_loss, smoothing)
     for first in range(0, max(n, 1), chunk):  # at least once, because that writes all of grad_weight
@@ -54,10 +62,26 @@ def loss_pass(
         if not any(needs):
             continue
         _gradient(logits, vocab, kept, labels, count, first, softcap, statistics, coefficients)
-        if needs[0]:
+        if needs[0] and not keep:
             _matmul.matmul(logits, weight, grad_rows, index=kept, along="M", count=count, count_along="M", first=first)
-        if needs[1]:
+        if needs[1] and not keep:
             _matmul.matmul(logits.T, x, grad_weight, count=count, count_along="K", first=first, accumulate=first > 0)
+
+
+def finish(factor, hidden, weight, rows, statistics, kept_logits, needs):
+    """Gradients of hidden (T, H) and weight (V, H) from those of the logits that `loss_pass` kept, times factor; rounded once."""
+    gradient = kept_logits.view(hidden.dtype)
+    kept, count = _compact(statistics[4], 0.0)  # Σ exp is 0 only where nothing is supervised
+    grad_hidden, grad_weight = _common.absent(hidden), _common.absent(weight)
+    if needs[0]:
+        found = hidden.new_zeros(rows.shape[0], hidden.shape[1])
+        _matmul.matmul(gradient, weight, found, index=kept, along="M", count=count, count_along="M", factor=factor)
+        grad_hidden = found if rows.shape[0] == hidden.shape[0] else hidden.new_zeros(hidden.shape).index_copy_(0, rows, found)
+    if needs[1]:
+        grad_weight, x = weight.new_empty(weight.shape), _x_buffer(hidden, max(1, rows.shape[0]))
+        _gather(hidden, rows, kept, count, 0, x)
+        _matmul.matmul(gradient.T, x[: rows.shape[0]], grad_weight, count=count, count_along="K", factor=factor)
+    return grad_hidden, grad_weight
 
 
 def rows_statistics(hidden, weight, labels, ignore_index, softcap, vocab_start):
@@ -245,3 +269,5 @@ def _product_specs(capability, dtype):
     weight = {"a_dense": "m", "b_dense": "n", "count_along": "K"}
     yield _matmul.matmul_spec("linear_cross_entropy grad weight", capability, dtype, **weight)
     yield _matmul.matmul_spec("linear_cross_entropy grad weight, added", capability, dtype, accumulate=True, **weight)
+    yield _matmul.matmul_spec("linear_cross_entropy grad hidden at once", capability, dtype, c_dtype=dtype, factor=True, **rows)
+    yield _matmul.matmul_spec("linear_cross_entropy grad weight at once", capability, dtype, c_dtype=dtype, factor=True, **weight)

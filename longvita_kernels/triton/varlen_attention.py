@@ -35,7 +35,7 @@ BLOCKS = {
     },
     "queries": {
         80: {(2, 64): Blocks(128, 64, 8, 2, 1), (2, 128): Blocks(64, 64, 8, 2, 1), (2, 256): Blocks(64, 32, 8, 1, 1),
-             (4, 64): Blocks(32, 32, 8, 1), (4, 128): Blocks(16, 16, 8, 1), (4, 256): Blocks(16, 16, 16, 1)},
+             (4, 64): Blocks(32, 32, 8, 1), (4, 128): Blocks(16, 16, 8, 1), (4, 256): Blocks(16, 16, 8, 2)},
         90: {(2, 64): Blocks(128, 64, 8, 2, 1), (2, 128): Blocks(128, 64, 8, 2, 1), (2, 256): Blocks(64, 32, 8, 2, 1)},
         100: {(2, 64): Blocks(128, 64, 8, 2, 1), (2, 128): Blocks(128, 64, 8, 2, 1), (2, 256): Blocks(64, 32, 8, 2, 1)},
     },
@@ -43,6 +43,7 @@ BLOCKS = {
 for _table in BLOCKS.values():
     _table[120] = _table[80]
 _UNLIMITED = 1 << 30  # a window wider than any document
+_WIDE_STRIDE = 1 << 23  # of 256 rows at most
 
 _COST_CHUNK, _ROWS = 256, 16  # slots and rows per program of the small kernels
 _LOG2E = 1 / math.log(2)
@@ -57,6 +58,7 @@ def _blocks(kernel, capability, dtype, dim):
 
 def forward(q, k, v, cu_q, cu_k, scale, left, right, softcap, *, out=None):
     """out (T, H, D), lse (H, T) and its rest, float32. `out` may be given in another dtype, float32 for partial results; scale > 0."""
+    q, k, v = _narrow(q, k, v)
     tokens, heads, dim = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     lse, rest = (torch.empty(heads, tokens, dtype=torch.float32, device=q.device) for _ in range(2))
@@ -78,10 +80,11 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, rest, cu_q, cu_k, scale, lef
     out, lse    of the whole attention, also where k and v are a part of the keys (the rest of lse is then zeros)
     grad_out, grad_lse   None: that output is not used
     """
+    q, k, v = _narrow(q, k, v)
     tokens, heads, dim = q.shape
     sides, settings = (cu_q, cu_k, tokens, k.shape[0]), (scale, *_scales(scale, softcap))
     stats = torch.empty(3, heads, tokens, dtype=torch.float32, device=q.device)
-    grad, grad_lse_ = out if grad_out is None else grad_out, lse if grad_lse is None else grad_lse
+    grad, grad_lse_ = out if grad_out is None else _narrow(grad_out)[0], lse if grad_lse is None else grad_lse
     rows = tokens * heads
     if rows:
         rows_kernel[(triton.cdiv(rows, _ROWS),)](
@@ -130,6 +133,11 @@ class _Schedule:
 
 def _shape(q, k):
     return {"HEADS": q.shape[1], "GROUP": q.shape[1] // k.shape[1], "DIM": q.shape[2], "BLOCK_DIM": _launch.power_of_2(q.shape[2])}
+
+
+def _narrow(*tensors):
+    """The tensors, or a dense copy of one whose tokens lie so far apart that addresses inside a tile would need 64 bits."""
+    return [x if x.stride(0) < _WIDE_STRIDE else x.contiguous() for x in tensors]
 
 
 def _strides(*tensors):

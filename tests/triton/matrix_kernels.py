@@ -1,5 +1,7 @@
 """The Triton kernels of the matrix ops under Triton's interpreter, on CPU tensors. Run by test_matrix_kernels.py in a process of its own,
-because a kernel is made for the interpreter or for a GPU when it is defined: TRITON_INTERPRET=1 python -m pytest tests/triton/matrix_kernels.py
+because a kernel is made for the interpreter or for a GPU when it is defined:
+
+    TRITON_INTERPRET=1 python -m pytest tests/triton/matrix_kernels.py
 """
 
 import pytest

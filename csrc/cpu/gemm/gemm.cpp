@@ -12,6 +12,7 @@ LV_INLINE int64_t at_most(int64_t a, int64_t limit) { return a < limit ? a : lim
 struct Single {                       // one fp32 value
   using Value = float;
   static constexpr int64_t kDepth = 1;
+  static constexpr DType kDType = DType::f32;
   LV_INLINE const float* read(const RowSource& source, int64_t row, int64_t col, int64_t count, float* buffer) {
     return source.read(row, col, count, buffer);
   }
@@ -21,6 +22,7 @@ struct Single {                       // one fp32 value
 struct Pairs {                        // two bf16 values, k and k + 1
   using Value = bf16_t;
   static constexpr int64_t kDepth = 2;
+  static constexpr DType kDType = DType::bf16;
   LV_INLINE const bf16_t* read(const RowSource& source, int64_t row, int64_t col, int64_t count, float* buffer) {
     return source.read_bf16(row, col, count, reinterpret_cast<bf16_t*>(buffer));
   }
@@ -128,39 +130,49 @@ void pack_panels(const RowSource& source, const Block& block, float* out, float*
 // ---------------------------------------------------------------------------------------------- reading ahead
 // A core that packs waits for memory most of the time, one that multiplies never does. So the rows that will be packed next are asked for
 // while the present block is multiplied: a few lines at each of kMr stages of each register tile, because few can be under way at a time.
+// A register tile asks for one piece of a row, or, where there are more rows than register tiles, for 2, 4 … kMr rows.
 struct Ahead {
   const RowSource* source;
-  int64_t row, end, col, bytes;       // rows still to ask for; the part of a row
-  int64_t lines, done = 0;            // lines at a stage; bytes of this row that were asked for
-  const char* from = nullptr;
-  const char* stage[kMr];             // where the lines of each stage begin, or null
+  int64_t row, end, col;              // rows still to ask for
+  int64_t pieces = 1, piece = 0;      // of a row; the next of them
+  int64_t lines, at_stage;            // of a piece; of these at each stage
+  int shift = 0;                      // 1 << shift pieces a register tile
+  const char* from[kMr] = {};
 
   Ahead(const Operand& operand, const Block& block, int64_t value_bytes, int64_t register_tiles) : source(&operand.source) {
     row = operand.k_dense ? block.first : block.k0, end = row + (operand.k_dense ? block.count : block.depth);
-    col = operand.k_dense ? block.k0 : block.first, bytes = value_bytes * (operand.k_dense ? block.depth : block.count);
-    lines = ceil_div((end - row) * ceil_div(bytes, 64), register_tiles * kMr);
+    col = operand.k_dense ? block.k0 : block.first;
+    const int64_t rows = end - row, row_lines = ceil_div(value_bytes * (operand.k_dense ? block.depth : block.count), kLineBytes);
+    while (rows > register_tiles << shift && 1 << shift < kMr) ++shift;
+    if (rows > 0 && shift == 0) pieces = register_tiles / rows;
+    lines = ceil_div(row_lines, pieces), at_stage = ceil_div(lines << shift, kMr);
   }
-  void plan_stages() {
-    for (int64_t i = 0; i < kMr; ++i) {
-      stage[i] = nullptr;
-      if (row >= end) continue;
-      if (done == 0) from = static_cast<const char*>(source->where(row, col));
-      if (from != nullptr) stage[i] = from + done;
-      done += lines * 64;
-      if (done >= bytes) done = 0, ++row;
+  void next() {
+    for (int64_t i = 0; i < 1 << shift; ++i) {
+      from[i] = row < end ? static_cast<const char*>(source->where(row, col)) : nullptr;
+      if (from[i] != nullptr) from[i] += piece * lines * kLineBytes;
+      if (++piece == pieces) piece = 0, ++row;
     }
   }
 };
 LV_INLINE void ask(const Ahead& ahead, int64_t stage) {
-  if (ahead.stage[stage] == nullptr) return;
-  for (int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(ahead.stage[stage] + i * 64, 0, 2);
+  const int64_t per_piece = kMr >> ahead.shift, done = (stage & (per_piece - 1)) * ahead.at_stage;
+  const char* from = ahead.from[stage * (1 << ahead.shift) / kMr];
+  if (from == nullptr) return;
+  for (int64_t i = done; i < at_most(done + ahead.at_stage, ahead.lines); ++i) __builtin_prefetch(from + i * kLineBytes, 0, 2);
 }
 
 // ---------------------------------------------------------------------------------------------- register tile
-// c[rows, columns] (+)= a · b over `words` words. a: rows kLda apart (kRows) or a panel of kMr; b: a panel of kNr, of which kVectors count.
+// Rows of sums, `stride` apart: kMr of them, kVectors wide.
+struct Sums {
+  float* at;
+  int64_t stride;
+};
+
+// to = from (or nothing) + a · b over `words` words. a: rows lda apart (kRows) or a panel of kMr; b: a panel of kNr, of which kVectors count.
 template <class Path, bool kRows, int kVectors>
-void register_tile(int64_t words, const float* a, const float* b, float* c, int64_t stride, int64_t rows, int64_t columns, bool add,
-                   const Ahead& ahead_a, const Ahead& ahead_b) {
+void register_tile(int64_t words, const float* a, int64_t lda, const float* b, Sums from, Sums to, const Ahead& ahead_a, const Ahead& ahead_b) {
+  const Sums touch = from.at != nullptr ? from : to;
   vf sum[kMr][kVectors];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kMr; ++i) {
@@ -168,7 +180,7 @@ void register_tile(int64_t words, const float* a, const float* b, float* c, int6
     for (int64_t j = 0; j < kVectors; ++j) sum[i][j] = vf{};
   }
   for (int64_t stage = 0, k = 0; stage < kMr; ++stage) {
-    if (stage < rows) prefetch(c + stage * stride, columns * 4);
+    prefetch(touch.at + stage * touch.stride, kVectors * W * 4);
     ask(ahead_a, stage);
     ask(ahead_b, stage);
     for (const int64_t end = words * (stage + 1) / kMr; k < end; ++k) {
@@ -177,7 +189,7 @@ void register_tile(int64_t words, const float* a, const float* b, float* c, int6
       for (int64_t j = 0; j < kVectors; ++j) bv[j] = load(b + j * W);
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kMr; ++i) {
-        const float av = kRows ? a[i * kLda] : a[i];
+        const float av = kRows ? a[i * lda] : a[i];
 #pragma GCC unroll 3
         for (int64_t j = 0; j < kVectors; ++j) sum[i][j] = Path::multiply_add(sum[i][j], av, bv[j]);
       }
@@ -185,29 +197,39 @@ void register_tile(int64_t words, const float* a, const float* b, float* c, int6
       b += kNr;
     }
   }
-  if (rows == kMr && columns == kVectors * W) {
+  if (from.at != nullptr) {
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kMr; ++i) {
 #pragma GCC unroll 3
-      for (int64_t j = 0; j < kVectors; ++j) {
-        float* out = c + i * stride + j * W;
-        store(out, add ? load(out) + sum[i][j] : sum[i][j]);
-      }
+      for (int64_t j = 0; j < kVectors; ++j) sum[i][j] += load(from.at + i * from.stride + j * W);
     }
-    return;
   }
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < kMr; ++i) {
+#pragma GCC unroll 3
+    for (int64_t j = 0; j < kVectors; ++j) store(to.at + i * to.stride + j * W, sum[i][j]);
+  }
+}
+
+// The part of a finished register tile that exists, to its destination.
+template <class T>
+void deliver(const Destination& out, const float* sums, int64_t m, int64_t n, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j * W < columns; ++j) {
-      float* out = c + i * stride + j * W;
-      const int lanes = int(at_most(columns - j * W, W));
-      store_n(out, add ? load_n(out, lanes) + sum[i][j] : sum[i][j], lanes);
+    T* to = static_cast<T*>(out.data) + (m + i) * out.stride + n;
+    for (int64_t j = 0; j < columns; j += W) {
+      const int lanes = int(at_most(columns - j, W));
+      vf value = load(sums + i * kNr + j) * out.factor;
+      if (out.add) value += load_n(to + j, lanes);
+      store_n(to + j, value, lanes);
     }
   }
 }
 
+// One block of k for a whole tile: from the sums of the blocks before (none: first) to `sums`, or (last) to the destination.
 template <class Path, bool kRows>
-void multiply_blocks(const Tile& tile, int64_t words, const float* a, const float* b, float* c, int64_t stride, bool add, Ahead ahead_a,
-                     Ahead ahead_b) {
+void multiply_blocks(const Tile& tile, int64_t words, const float* a, int64_t lda, const float* b, float* sums, bool first,
+                     const Destination* last, Ahead ahead_a, Ahead ahead_b) {
+  alignas(64) float finished[kMr * kNr];
   constexpr auto* one = &register_tile<Path, kRows, 1>;
   constexpr auto* two = &register_tile<Path, kRows, 2>;
   constexpr auto* three = &register_tile<Path, kRows, 3>;
@@ -215,10 +237,14 @@ void multiply_blocks(const Tile& tile, int64_t words, const float* a, const floa
     const int64_t columns = at_most(tile.nt - j, kNr), vectors = ceil_div(columns, W);
     auto* multiply = vectors == 3 ? three : vectors == 2 ? two : one;
     for (int64_t i = 0; i < tile.mt; i += kMr) {
-      const float* rows = kRows ? a + i * kLda : a + i / kMr * kPanelA;
-      ahead_a.plan_stages();
-      ahead_b.plan_stages();
-      multiply(words, rows, b + j / kNr * kPanelB, c + i * stride + j, stride, at_most(tile.mt - i, kMr), columns, add, ahead_a, ahead_b);
+      const float* rows = kRows ? a + i * lda : a + i / kMr * kPanelA;
+      const Sums kept = {sums + i * kTileN + j, kTileN}, from = {first ? nullptr : kept.at, kTileN};
+      ahead_a.next();
+      ahead_b.next();
+      multiply(words, rows, lda, b + j / kNr * kPanelB, from, last == nullptr ? kept : Sums{finished, kNr}, ahead_a, ahead_b);
+      if (last == nullptr) continue;
+      auto* put = last->dtype == DType::bf16 ? &deliver<bf16_t> : last->dtype == DType::f16 ? &deliver<f16_t> : &deliver<float>;
+      put(*last, finished, tile.m0 + i, tile.n0 + j, at_most(tile.mt - i, kMr), columns);
     }
   }
 }
@@ -228,29 +254,34 @@ float* typed_product(const Product& p, const Tile& tile, const Tile& next, float
   constexpr int64_t kDepth = kKc * Path::kDepth, kValueBytes = sizeof(typename Path::Value);
   float* packed_a = scratch;
   float* packed_b = packed_a + kWordsA;
-  float* own = packed_b + kWordsB;
-  float* buffers = own + kTileFloats;
-  const int64_t stride = p.out != nullptr ? p.stride : kTileN, register_tiles = ceil_div(tile.mt, kMr) * ceil_div(tile.nt, kNr);
-  float* c = p.out != nullptr ? p.out + tile.m0 * stride + tile.n0 : own;
+  float* sums = packed_b + kWordsB;
+  float* buffers = sums + kTileFloats;
+  const int64_t register_tiles = ceil_div(tile.mt, kMr) * ceil_div(tile.nt, kNr);
   const auto block = [&](int64_t first, int64_t count, int64_t k0) {
     const int64_t depth = at_most(p.K - k0, kDepth);
     return Block{first, count, k0, depth, ceil_div(depth, Path::kDepth)};
   };
-  for (int64_t i = 0; p.K == 0 && !p.add && i < tile.mt; ++i) std::memset(c + i * stride, 0, size_t(tile.nt) * 4);
-  for (int64_t k0 = 0; k0 < p.K; k0 += kDepth) {
+  // Whole words and whole register tiles of a matrix whose rows spread over the cache need no copy.
+  const int64_t stride = p.a.k_dense && tile.mt % kMr == 0 && p.K % Path::kDepth == 0 ? p.a.source.in_place(Path::kDType) : 0;
+  const int64_t lda = stride > 0 ? stride / Path::kDepth : kLda;
+  const int64_t K = p.K > 0 ? p.K : 1;      // a product over nothing is one over a block of zeros
+  for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
     const Block block_a = block(tile.m0, tile.mt, k0), block_b = block(tile.n0, tile.nt, k0);
-    if (p.a.k_dense) pack_rows<Path>(p.a.source, block_a, packed_a);
+    const float* a = packed_a;
+    if (stride > 0) a = static_cast<const float*>(p.a.source.where(tile.m0, k0));
+    else if (p.a.k_dense) pack_rows<Path>(p.a.source, block_a, packed_a);
     else pack_panels<Path, kMr, kPanelA>(p.a.source, block_a, packed_a, buffers);
     if (p.b.k_dense) pack_transposed<Path>(p.b.source, block_b, packed_b, buffers);
     else pack_panels<Path, kNr, kPanelB>(p.b.source, block_b, packed_b, buffers);
-    const bool add = p.add || k0 > 0, last = k0 + kDepth >= p.K;
+    const bool last = k0 + kDepth >= p.K;
     const Block next_a = last ? block(next.m0, next.mt, 0) : block(tile.m0, tile.mt, k0 + kDepth);
     const Block next_b = last ? block(next.n0, next.nt, 0) : block(tile.n0, tile.nt, k0 + kDepth);
     const Ahead ahead_a(p.a, next_a, kValueBytes, register_tiles), ahead_b(p.b, next_b, kValueBytes, register_tiles);
-    if (p.a.k_dense) multiply_blocks<Path, true>(tile, block_a.words, packed_a, packed_b, c, stride, add, ahead_a, ahead_b);
-    else multiply_blocks<Path, false>(tile, block_a.words, packed_a, packed_b, c, stride, add, ahead_a, ahead_b);
+    const Destination* out = last && p.out.data != nullptr ? &p.out : nullptr;
+    auto* multiply = p.a.k_dense ? &multiply_blocks<Path, true> : &multiply_blocks<Path, false>;
+    multiply(tile, block_a.words, a, lda, packed_b, sums, k0 == 0, out, ahead_a, ahead_b);
   }
-  return c;
+  return sums;
 }
 
 // ---------------------------------------------------------------------------------------------- few rows

@@ -20,6 +20,8 @@
 namespace longvita::LV_ISA {
 
 // ---------------------------------------------------------------------------------------------- operands
+constexpr int64_t kLineBytes = 64;
+
 // `count` values at element `offset` of an array, as fp32: a pointer into the array, or to `buffer` after conversion.
 const float* widen_row(const void* data, DType dtype, int64_t offset, int64_t count, float* buffer);
 // The other way, rounded to nearest even.
@@ -31,6 +33,8 @@ struct RowSource {
   virtual const bf16_t* read_bf16(int64_t row, int64_t col, int64_t count, bf16_t* buffer) const = 0;
   // Where this element lies in memory, for those who know that they will read it soon; or null.
   virtual const void* where(int64_t, int64_t) const { return nullptr; }
+  // Elements between rows, if `where` may be read as a matrix of this type instead of being copied; or 0.
+  virtual int64_t in_place(DType) const { return 0; }
 };
 
 // A matrix in memory. stride: elements between rows; index: where row r really is, or null.
@@ -50,7 +54,17 @@ struct Matrix final : RowSource {
   const void* where(int64_t row, int64_t col) const override {
     return static_cast<const char*>(data) + offset(row, col) * int64_t(dtype_size(dtype));
   }
+  // An odd number of cache lines apart, rows lie in sets of their own; a power of two apart they would throw each other out of L1 and L2.
+  int64_t in_place(DType wanted) const override {
+    const bool aligned = reinterpret_cast<uintptr_t>(data) % kLineBytes == 0;
+    return aligned && index == nullptr && dtype == wanted && stride * int64_t(dtype_size(dtype)) % (2 * kLineBytes) == kLineBytes ? stride : 0;
+  }
 };
+// Elements between rows of `columns` values in scratch, so that they can be read in place.
+inline int64_t in_place_stride(int64_t columns, DType dtype) {
+  const int64_t per_line = kLineBytes / int64_t(dtype_size(dtype));
+  return ((columns + per_line - 1) / per_line | 1) * per_line;
+}
 
 // One side of a product. k_dense: a row of the source runs along k, and its number is m or n; else it runs along m or n, and its number is k.
 struct Operand {
@@ -58,14 +72,20 @@ struct Operand {
   bool k_dense;
 };
 
+// Where C goes: factor · C, rounded once, or (add) added to what stands there.
+struct Destination {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride = 0;
+  float factor = 1.0f;
+  bool add = false;
+};
+
 struct Product {
   Operand a, b;
   int64_t K;
   bool pairs;                         // round the operands to bf16 and multiply two at a time (loses nothing where they are bf16)
-  // Where C goes, as fp32: a matrix of this row stride (which may be added to), or, where out is null, the scratch, a tile at a time.
-  float* out = nullptr;
-  int64_t stride = 0;
-  bool add = false;
+  Destination out = {};               // without data: a tile of C stays in the scratch, for the op's own epilogue
 };
 
 // ---------------------------------------------------------------------------------------------- tiles
@@ -74,7 +94,7 @@ constexpr int64_t kNv = 3;
 constexpr int64_t kNr = kNv * W;
 constexpr int64_t kKc = 192;                   // words of k per block
 constexpr int64_t kTileM = W >= 16 ? 768 : 384;   // the block of A stays in L2: 624 KiB of 1 MiB; older CPUs have 512 KiB
-constexpr int64_t kTileN = 768;                // the blocks of B and C stream from L3: 0.6 and 2.3 MiB
+constexpr int64_t kTileN = 1056;               // the blocks of B and C stream from L3: 0.8 and 3.1 MiB
 
 // Strides that are no multiple of 4 KiB: whatever is written side by side falls into different sets of L1.
 constexpr int64_t kLda = kKc + 16;
@@ -99,24 +119,24 @@ struct Tile {
 };
 Tile tile_at(const TileGrid& grid, int64_t number);
 
-// C[m0 : m0+mt, n0 : n0+nt] (+)= Σ_k A[m, k]·B[k, n]. scratch: kScratchFloats, 64-byte aligned. → the tile's first element.
-// next: the tile that this thread is likely to be given next (of size 0: none).
+// C[m0 : m0+mt, n0 : n0+nt] = Σ_k A[m, k]·B[k, n]. scratch: kScratchFloats, 64-byte aligned. → the tile's first element, rows kTileN
+// apart, where it stays in the scratch. next: the tile that this thread is likely to be given next (of size 0: none).
 float* tile_product(const Product& product, const Tile& tile, const Tile& next, float* scratch);
 
-// The epilogues that several ops share: round a tile into a matrix of `columns` columns; leave it where it is.
+// Rounds a tile into a matrix of `columns` columns.
 inline void narrow_tile(const Tile& tile, const float* c, int64_t stride, void* out, DType dtype, int64_t columns) {
   for (int64_t i = 0; i < tile.mt; ++i) narrow_row(c + i * stride, tile.nt, out, dtype, (tile.m0 + i) * columns + tile.n0);
 }
 constexpr auto kNoEpilogue = [](const Tile&, float*, int64_t) {};
 
-// Every tile of a product on `threads` threads (scratch: kScratchFloats for each): epilogue(tile, c, stride) while it is in cache.
-template <class Epilogue>
-void for_each_tile(const Product& product, const TileGrid& grid, int threads, float* scratch, const Epilogue& epilogue) {
-  const int64_t stride = product.out != nullptr ? product.stride : kTileN;
+// Every tile of a product on `threads` threads (scratch: kScratchFloats for each): epilogue(tile, c, stride) while it is in cache, unless
+// the product has a destination.
+template <class Epilogue = decltype(kNoEpilogue)>
+void for_each_tile(const Product& product, const TileGrid& grid, int threads, float* scratch, const Epilogue& epilogue = kNoEpilogue) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (grid.count() > 1 && grid.M * grid.N * product.K > kWorthThreads)
   for (int64_t i = 0; i < grid.count(); ++i) {
     const Tile tile = tile_at(grid, i), next = i + threads < grid.count() ? tile_at(grid, i + threads) : Tile{};
-    epilogue(tile, tile_product(product, tile, next, scratch + omp_get_thread_num() * kScratchFloats), stride);
+    epilogue(tile, tile_product(product, tile, next, scratch + omp_get_thread_num() * kScratchFloats), kTileN);
   }
 }
 
