@@ -2,7 +2,7 @@
 
 Fails when a loop that multiplies matrices (or, in a kernel without one, any innermost loop) touches spilled registers; when shared memory
 exceeds what the architecture has; when the main loop of a bf16 or fp16 matrix kernel has no wgmma on sm_90a; and when a kernel needs more
-registers, stack or shared memory than bench/results/compile.json remembers. `--keep` writes that file anew.
+registers, stack or shared memory than bench/results/compile.json remembers. `--keep` writes into that file what was compiled.
 """
 
 import argparse
@@ -117,14 +117,13 @@ def regressions(name, capability, found, kept):
     ]  # fmt: skip
 
 
-def _judge(results, everything):
+def _compare(results, everything):
     import triton
 
-    wrong = [text for key, found in results.items() for text in problems(*key, specs()[key].matrix, found)]
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": triton.__version__, "kernels": {}}
+    table, wrong = json.loads(TABLE.read_text()), []
     if table["triton"] != triton.__version__:
         print(f"{TABLE.name} was made with Triton {table['triton']}, this is {triton.__version__}: figures are not compared")
-        return wrong
+        return []
     for (name, capability), found in results.items():
         wrong += regressions(name, capability, found, table["kernels"].get(name, {}).get(f"sm_{capability}"))
     if everything:
@@ -133,10 +132,11 @@ def _judge(results, everything):
     return wrong
 
 
-def _keep(results):
+def _keep(results, everything):
+    """Writes the table: with `everything` anew, else only the rows of `results`."""
     import triton
 
-    rows = {}
+    rows = {} if everything else json.loads(TABLE.read_text())["kernels"]
     for (name, capability), found in results.items():
         rows.setdefault(name, {})[f"sm_{capability}"] = found
     texts = []
@@ -151,24 +151,25 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.cuda_check", description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="TEXT", default="", help="kernels whose name contains TEXT, e.g. --only 'masked_lm_head'")
     parser.add_argument("--capability", type=int, choices=sorted(SHARED_LIMIT), help="one architecture alone")
-    parser.add_argument("--keep", action="store_true", help="write the figures to bench/results/compile.json instead of comparing")
+    parser.add_argument("--keep", action="store_true", help="write the figures into bench/results/compile.json instead of comparing")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args(arguments)
     start = time.time()
     keys = [(name, c) for name, c in specs() if options.only in name and options.capability in (None, c)]
     everything = len(keys) == len(specs())
-    if options.keep and not everything:
-        parser.error("--keep writes the whole table: leave out --only and --capability")
+    if not keys:
+        parser.error(f"no kernel is called like {options.only!r}; they are: {', '.join(sorted({name for name, _ in specs()}))}")
+    results = {}
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        results = dict(pool.imap(compile_one, keys, chunksize=1))
-    for (name, capability), found in results.items():
-        print(f"sm_{capability:<4}{name:60} {found['registers']:4} registers {found['stack']:5} B stack {found['shared']:7} B shared  "
-              f"{'+'.join(found['multiplies_with'])}")  # fmt: skip
+        for (name, capability), found in pool.imap(compile_one, keys):
+            results[name, capability] = found
+            print(f"sm_{capability:<4}{name:60} {found['registers']:4} registers {found['stack']:5} B stack {found['shared']:7} B shared  "
+                  f"{'+'.join(found['multiplies_with'])}", flush=True)  # fmt: skip
     wrong = [text for key, found in results.items() for text in problems(*key, specs()[key].matrix, found)]
-    if options.keep and not wrong:
-        _keep(results)
-    elif not options.keep:
-        wrong = _judge(results, everything)
+    if not options.keep:
+        wrong += _compare(results, everything)
+    elif not wrong:
+        _keep(results, everything)
     print(f"{len(results)} kernels in {time.time() - start:.0f} s")
     print(*wrong, sep="\n", end="\n" if wrong else "")
     return 1 if wrong else 0
