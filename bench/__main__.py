@@ -18,7 +18,7 @@ import torch
 
 from bench import machine, report
 from bench.harness import Case, Result, measure
-from longvita_kernels import native
+from longvita_kernels import backends, native
 
 MODULES = ("varlen_attention", "linear_cross_entropy", "masked_lm_head", "pixel_shuffle_projection", "decode_attention", "dispatch")
 
@@ -28,14 +28,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=about, epilog=f"Example: {usage}")
     parser.add_argument("modules", nargs="*", metavar="op", help=f"what to measure, of {', '.join(MODULES)}; default: all")
     parser.add_argument("--case", action="append", default=[], metavar="TEXT", help="only cases whose name has this text; repeatable")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="only cases of this dtype")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="only cases of this dtype")
     parser.add_argument("--heavy", action="store_true", help="also the cases that take minutes each on a small machine")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="measure the peers too")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too")
     parser.add_argument("--seconds", type=float, default=10.0, help="about how long the rounds of one case last (default 10)")
     parser.add_argument("--runs", type=int, default=1, help="whole runs, of which the median counts (default 1; results are kept from 3)")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help="the CPU, so far")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu; the goals are those of a CPU")
+    parser.add_argument("--backend", choices=backends.NAMES, help="what runs the ops; default: the choice that a user gets")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to a file too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (needs matplotlib)")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
@@ -47,7 +48,7 @@ def select(arguments: argparse.Namespace) -> list[Case]:
     unknown = [name for name in arguments.modules if name not in MODULES]
     if unknown:
         raise ValueError(f"unknown op {unknown[0]!r}; expected one of {', '.join(MODULES)}")
-    found = [case for name in arguments.modules or MODULES for case in importlib.import_module(f"bench.{name}").cases()]
+    found = [case for name in arguments.modules or MODULES for case in _cases(name, arguments.device)]
     found = [case for case in found if arguments.heavy or not case.heavy]
     found = [case for case in found if all(text in case.name for text in arguments.case)]
     if arguments.dtype:
@@ -55,6 +56,14 @@ def select(arguments: argparse.Namespace) -> list[Case]:
     if not found:
         raise ValueError("no case fits; see python -m bench --list (and --heavy for the largest ones)")
     return found
+
+
+def _cases(name, device):
+    """A module's cases; on a GPU those of its size where the module has some, and without the goals of a CPU."""
+    module = importlib.import_module(f"bench.{name}")
+    if device == "cpu":
+        return list(module.cases())
+    return [replace(case, goal=None, limit=None) for case in getattr(module, "cuda_cases", module.cases)()]
 
 
 def run(case: Case, ceilings: dict, arguments: argparse.Namespace) -> Result:
@@ -65,7 +74,8 @@ def run(case: Case, ceilings: dict, arguments: argparse.Namespace) -> Result:
     ceiling = ceilings[case.dtype if case.ceiling == "mm" else case.ceiling] if case.ceiling else None
     results = []
     for number in range(arguments.runs):
-        results.append(measure(case, ceiling, arguments.seconds, memory=arguments.memory and number == arguments.runs - 1))
+        results.append(measure(case, ceiling, arguments.seconds, memory=arguments.memory and number == arguments.runs - 1,
+                               device=arguments.device))  # fmt: skip
         if results[-1].problems:
             return results[-1]
     seconds = {name: statistics.median(r.seconds[name] for r in results) for name in results[0].seconds}
@@ -87,24 +97,30 @@ def main(argv: list[str] | None = None) -> int:
         chosen = select(arguments)
         if arguments.runs < 1 or arguments.seconds < 0:
             raise ValueError(f"runs is {arguments.runs}, seconds {arguments.seconds}; expected at least 1, and not negative")
-        if native.load() is None:
+        if arguments.list:
+            print(*(f"{case.op}: {case.name}{' (heavy)' if case.heavy else ''}" for case in chosen), sep="\n")
+            return 0
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("torch finds no CUDA device; run it on a machine that has one, see bench/gpu.sh")
+        if arguments.device == "cpu" and native.load() is None:
             raise ValueError(f"there is nothing to measure: {native.why_missing()}")
-    except ValueError as error:
+        backends.use(arguments.backend or backends.requested())
+    except (RuntimeError, ValueError) as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
-    if arguments.list:
-        print(*(f"{case.op}: {case.name}{' (heavy)' if case.heavy else ''}" for case in chosen), sep="\n")
-        return 0
     return _report(chosen, arguments)
 
 
 def _report(chosen: list[Case], arguments: argparse.Namespace) -> int:
-    about = machine.describe()
+    device = arguments.device
+    about = machine.describe(device)
     print("{cpu}, {threads} threads, {isa}; torch {torch}; commit {commit}; load {load}".format(**about))
-    ceilings = {case.dtype: machine.mm(case.dtype) for case in chosen if case.ceiling == "mm"}
+    if device == "cuda":
+        print("{gpu}, {architecture}, CUDA {cuda}; backend {backend}".format(**about))
+    ceilings = {case.dtype: machine.mm(case.dtype, device) for case in chosen if case.ceiling == "mm"}
     if any(case.ceiling == "read" for case in chosen):
-        ceilings["read"] = machine.read()
-    about["ceilings"] = machine.measure_ceilings(arguments.seconds / 4)
+        ceilings["read"] = machine.read(device)
+    about["ceilings"] = machine.measure_ceilings(arguments.seconds / 4, device)
     print(*(f"{name}: {value / 1e9:.1f} G" for name, value in about["ceilings"].items()), sep="; ", flush=True)
     results = []
     for case in chosen:

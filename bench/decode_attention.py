@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from bench.harness import OURS, Case, Setup
+from bench.harness import OURS, Case, Setup, generator
 from longvita_kernels import decode_attention, testing
 from longvita_kernels.ops.decode_attention import SPEC
 from longvita_kernels.spec import SampleInput
@@ -20,12 +20,12 @@ def _quantised(cache):
     return (cache.float() / scale.unsqueeze(-1)).round().to(torch.int8), scale
 
 
-def _build(cached, heads, dim, dtype):
-    generator = torch.Generator().manual_seed(0)
+def _build(cached, heads, dim, dtype, sequences=1):
+    random = generator()
     query_heads, kv_heads = heads
-    q = torch.randn(1, query_heads, dim, generator=generator).to(dtype)
-    k, v = (torch.randn(1, cached, kv_heads, dim, generator=generator).to(dtype) for _ in range(2))
-    cu_seqlens_q, lengths = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([cached], dtype=torch.int32)
+    q = torch.randn(sequences, query_heads, dim, generator=random).to(dtype)
+    k, v = (torch.randn(sequences, cached, kv_heads, dim, generator=random).to(dtype) for _ in range(2))
+    cu_seqlens_q, lengths = torch.arange(sequences + 1, dtype=torch.int32), torch.full((sequences,), cached, dtype=torch.int32)
     (k8, k_scale), (v8, v_scale) = _quantised(k), _quantised(v)
     scales = {"k_scale": k_scale, "v_scale": v_scale}
     k_HSD, v_HSD = k.transpose(1, 2), v.transpose(1, 2)
@@ -41,16 +41,27 @@ def _build(cached, heads, dim, dtype):
     calls = {
         OURS: lambda: decode_attention(q, k, v, cu_seqlens_q, lengths),
         f"{OURS}, int8 cache": lambda: decode_attention(q, k8, v8, cu_seqlens_q, lengths, **scales),
-        "SDPA": lambda: F.scaled_dot_product_attention(q.transpose(0, 1)[None], k_HSD, v_HSD, enable_gqa=True),
+        "SDPA": lambda: F.scaled_dot_product_attention(q[:, :, None], k_HSD, v_HSD, enable_gqa=True),
     }
     return Setup(calls=calls, check=check)
+
+
+def _case(cached, heads, dtype, goal=None, sequences=1):
+    tokens = sequences * cached
+    who = "1 query" if sequences == 1 else f"{sequences} sequences of 1 query"
+    return Case(
+        op="decode_attention", label=f"{who}, {cached:,} cached tokens, {heads[0]}/{heads[1]} × 128", dtype=dtype,
+        direction="forward", flops=4 * tokens * heads[0] * 128, bytes=torch.finfo(dtype).bits // 8 * 2 * tokens * heads[1] * 128,
+        ceiling="read", goal=goal, build=functools.partial(_build, cached, heads, 128, dtype, sequences),
+    )  # fmt: skip
 
 
 def cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for cached, heads, goal in ((131072, (40, 8), 0.85), (8192, (40, 8), None), (8192, (8, 8), None)):
-            yield Case(
-                op="decode_attention", label=f"1 query, {cached:,} cached tokens, {heads[0]}/{heads[1]} × 128", dtype=dtype,
-                direction="forward", flops=4 * cached * heads[0] * 128, bytes=torch.finfo(dtype).bits // 8 * 2 * cached * heads[1] * 128,
-                ceiling="read", goal=goal, build=functools.partial(_build, cached, heads, 128, dtype),
-            )  # fmt: skip
+            yield _case(cached, heads, dtype, goal)
+
+
+def cuda_cases() -> Iterator[Case]:
+    for cached, sequences in ((1 << 20, 1), (131072, 1), (8192, 1), (8192, 64)):
+        yield _case(cached, (40, 8), torch.bfloat16, sequences=sequences)

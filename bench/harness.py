@@ -100,28 +100,34 @@ class Result:
 # ---------------------------------------------------------------------------------------------------------------------------------- time
 
 
-def once(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], object], repeats: int, device: str = "cpu") -> float:
+    """Seconds of `repeats` calls one after the other; on a GPU from when it is idle until it is idle again."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
-    call()
+    for _ in range(repeats):
+        call()
+    wait()
     return time.perf_counter() - start
 
 
-def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> tuple[dict[str, float], int]:
+def once(call: Callable[[], object], device: str = "cpu") -> float:
+    return timed(call, 1, device)
+
+
+def interleave(calls: dict[str, Callable[[], object]], seconds: float, device: str = "cpu") -> tuple[dict[str, float], int]:
     """Median seconds of one call of each, over rounds of all of them that fill about `seconds`; and the number of rounds."""
     first = {}
     for name, call in calls.items():
         call()  # whatever happens only once: compilation, packing, page faults
-        first[name] = once(call)
+        first[name] = once(call, device)
     repeats = {name: max(1, math.ceil(SAMPLE_SECONDS / max(duration, 1e-7))) for name, duration in first.items()}
     round_seconds = sum(first[name] * repeats[name] for name in calls)
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / round_seconds)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            samples[name].append((time.perf_counter() - start) / repeats[name])
+            samples[name].append(timed(call, repeats[name], device) / repeats[name])
     return {name: statistics.median(values) for name, values in samples.items()}, rounds
 
 
@@ -133,6 +139,18 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 def _status_bytes(key: str) -> int:
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+
+def cuda_peak_bytes(call: Callable[[], object]) -> int:
+    """Most memory that torch gave out on the GPU during one call, above what it had given out before."""
+    call()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -158,15 +176,24 @@ def peak_bytes(call: Callable[[], object]) -> int:
 # ----------------------------------------------------------------------------------------------------------------------------------- run
 
 
-def measure(case: Case, ceiling: tuple[Callable[[], object], int] | None, seconds: float, memory: bool = True) -> Result:
+def generator(seed: int = 0) -> torch.Generator:
+    """Random numbers for the tensors of a case, on the device they are made on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def measure(
+    case: Case, ceiling: tuple[Callable[[], object], int] | None, seconds: float, memory: bool = True, device: str = "cpu"
+) -> Result:
     """Check, time and weigh one case. `ceiling`: a call, and the FLOPs or bytes that it does. An op that is wrong gets no times."""
-    setup = case.build()
-    problems = setup.check()
+    with torch.device(device):
+        setup = case.build()
+        problems = setup.check()
     if problems:
         return Result(case=case, problems=problems)
-    times, rounds = interleave(setup.calls if ceiling is None else {**setup.calls, "ceiling": ceiling[0]}, seconds)
+    times, rounds = interleave(setup.calls if ceiling is None else {**setup.calls, "ceiling": ceiling[0]}, seconds, device)
     rate = 0.0 if ceiling is None else ceiling[1] / times.pop("ceiling")
-    peaks = {name: peak_bytes(call) for name, call in setup.calls.items()} if memory else {}
+    weigh = cuda_peak_bytes if device == "cuda" else peak_bytes
+    peaks = {name: weigh(call) for name, call in setup.calls.items()} if memory else {}
     return Result(case=case, problems=[], seconds=times, rounds=rounds, peak_bytes=peaks, ceiling_rate=rate)
 
 

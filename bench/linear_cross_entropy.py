@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from bench.harness import OURS, Case, Setup, gradients
+from bench.harness import OURS, Case, Setup, generator, gradients
 from longvita_kernels import linear_cross_entropy, testing
 from longvita_kernels.ops.linear_cross_entropy import SPEC
 from longvita_kernels.spec import SampleInput
@@ -34,11 +34,11 @@ def _logits(hidden, weight, labels):
 
 
 def _build(rows, width, vocab, supervised, dtype):
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, width, generator=generator).to(dtype)
-    weight = (torch.randn(vocab, width, generator=generator) / width**0.5).to(dtype)
-    labels = torch.randint(vocab, (rows,), generator=generator)
-    labels[torch.randperm(rows, generator=generator)[supervised:]] = -100
+    random = generator()
+    hidden = torch.randn(rows, width, generator=random).to(dtype)
+    weight = (torch.randn(vocab, width, generator=random) / width**0.5).to(dtype)
+    labels = torch.randint(vocab, (rows,), generator=random)
+    labels[torch.randperm(rows, generator=random)[supervised:]] = -100
     one = torch.ones(())
     functions = {OURS: lambda h, w: linear_cross_entropy(h, w, labels)}
     functions["logits + cross entropy"] = lambda h, w: _logits(h, w, labels)

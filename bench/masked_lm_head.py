@@ -8,17 +8,17 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from bench.harness import OURS, Case, Setup
+from bench.harness import OURS, Case, Setup, generator
 from longvita_kernels import masked_lm_head, testing
 from longvita_kernels.ops.masked_lm_head import SPEC
 from longvita_kernels.spec import SampleInput
 
 
 def _build(tokens, width, vocab, count, dtype):
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, width, generator=generator).to(dtype)
-    weight = (torch.randn(vocab, width, generator=generator) / width**0.5).to(dtype)
-    rows = torch.randperm(tokens, generator=generator)[:count]
+    random = generator()
+    hidden = torch.randn(tokens, width, generator=random).to(dtype)
+    weight = (torch.randn(vocab, width, generator=random) / width**0.5).to(dtype)
+    rows = torch.randperm(tokens, generator=random)[:count]
     sample = SampleInput("timed", (hidden, weight, rows), {}, ())
 
     def check():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.harness import OURS, Case, Setup, gradients
+from bench.harness import OURS, Case, Setup, generator, gradients
 from longvita_kernels import pixel_shuffle_projection, testing
 from longvita_kernels.ops.pixel_shuffle_projection import SPEC
 from longvita_kernels.spec import SampleInput
@@ -29,10 +29,10 @@ def _bare(x, w1, w2, grad, backward):
 
 
 def _build(tiles, dtype, backward):
-    generator = torch.Generator().manual_seed(0)
+    random = generator()
 
     def normal(*shape, scale=1.0):
-        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+        return (torch.randn(*shape, generator=random) * scale).to(dtype)
 
     x, w1 = normal(tiles, 1025, CHANNELS), normal(HIDDEN, 4 * CHANNELS, scale=(4 * CHANNELS) ** -0.5)
     w2, ln_weight = normal(OUT, HIDDEN, scale=HIDDEN**-0.5), 1 + normal(4 * CHANNELS, scale=0.1)

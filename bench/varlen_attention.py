@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bench.harness import OURS, Case, Setup, gradients
+from bench.harness import OURS, Case, Setup, generator, gradients
 from longvita_kernels import testing, varlen_attention
 
 DENSE_LIMIT = 4096  # tokens: above, a T × T mask only wastes everybody's time
@@ -128,6 +131,28 @@ def dense_mask(cu_seqlens, causal):
     return attend
 
 
+def gpu_peers(cu_seqlens, longest, causal):
+    """What a GPU may have besides: torch's varlen_attn, cuDNN per document, flash-attn. name → function of q, k, v."""
+    window, found = (-1, 0) if causal else (-1, -1), {}
+    if importlib.util.find_spec("torch.nn.attention.varlen"):
+        from torch.nn.attention.varlen import varlen_attn
+
+        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        options = {"window_size": window} if "window_size" in inspect.signature(varlen_attn).parameters else {"is_causal": causal}
+        found["torch varlen_attn"] = lambda q, k, v: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **grouped, **options)
+    if importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_varlen_func
+
+        found["flash-attn"] = lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=causal)
+    attend = per_document(cu_seqlens, causal)
+
+    def cudnn(q, k, v):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return attend(q, k, v)
+
+    return found | {"cuDNN per document": cudnn}
+
+
 @functools.cache
 def _compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
@@ -141,7 +166,7 @@ def flex(cu_seqlens, causal):
         same = document[i] == document[j]
         return same & (i >= j) if causal else same
 
-    mask = create_block_mask(visible, None, None, tokens, tokens, device="cpu")
+    mask = create_block_mask(visible, None, None, tokens, tokens, device=cu_seqlens.device)
 
     def attend(q, k, v):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -154,19 +179,22 @@ def flex(cu_seqlens, causal):
 
 
 def _build(lengths, heads, dim, causal, dtype, backward, pairs):
-    generator = torch.Generator().manual_seed(0)
+    random = generator()
     tokens, (query_heads, kv_heads) = sum(lengths), heads
-    qkv = torch.randn(tokens, query_heads + 2 * kv_heads, dim, generator=generator).to(dtype)
+    qkv = torch.randn(tokens, query_heads + 2 * kv_heads, dim, generator=random).to(dtype)
     q, k, v = qkv.split([query_heads, kv_heads, kv_heads], dim=1)
-    grad = torch.randn(tokens, query_heads, dim, generator=generator).to(dtype) if backward else None
+    grad = torch.randn(tokens, query_heads, dim, generator=random).to(dtype) if backward else None
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     functions = {OURS: lambda q, k, v: varlen_attention(q, k, v, cu_seqlens, causal=causal)}
+    on_gpu = cu_seqlens.is_cuda
     functions["SDPA per document"] = per_document(cu_seqlens, causal)
+    if on_gpu and dtype != torch.float32:
+        functions |= gpu_peers(cu_seqlens, max(lengths), causal)
     if len(lengths) > 1 and len(set(lengths)) == 1:
         functions["SDPA batched (equal lengths)"] = batched(lengths[0], causal)
     if len(lengths) > 1 and tokens <= DENSE_LIMIT:
         functions["SDPA, dense mask"] = dense_mask(cu_seqlens, causal)
-    if not backward:
+    if not backward or on_gpu:
         functions["FlexAttention compiled"] = flex(cu_seqlens, causal)
     if backward:
         calls = {name: gradients(function, (q, k, v), grad) for name, function in functions.items()}
@@ -206,3 +234,16 @@ def cases() -> Iterator[Case]:
     yield from _cases_of("16 documents of 128", (128,) * 16, (8, 2), 128, bf16, (0.50, None))
     yield from _cases_of("8 tiles of 1,025 (ViT, not causal)", (1025,) * 8, (16, 16), 64, bf16, (0.80, 0.75), causal=False)
     yield from _cases_of("8 tiles of 1,025 (ViT, not causal)", (1025,) * 8, (16, 16), 64, f32, (None, None), causal=False)
+
+
+def cuda_cases() -> Iterator[Case]:
+    """Shapes of a model's size: Qwen2.5-14B's heads in training and prefill, and the image encoder's tiles."""
+    bf16, none = torch.bfloat16, (None, None)
+    for length in (8192, 32768, 131072):
+        yield from _cases_of(f"one document of {length:,}", (length,), (40, 8), 128, bf16, none, heavy=length > 32768)
+    mixed = (9000, 700, 300, 14000, 96, 5000, 1500, 2172)
+    yield from _cases_of("packed, 32,768 tokens in 8 documents", mixed, (40, 8), 128, bf16, none)
+    yield from _cases_of("256 documents of 128", (128,) * 256, (40, 8), 128, bf16, none)
+    yield from _cases_of("96 tiles of 1,025 (ViT, not causal)", (1025,) * 96, (16, 16), 64, bf16, none, causal=False)
+    yield from _cases_of("packed, 32,768 tokens in 8 documents", mixed, (40, 8), 128, torch.float16, none)
+    yield from _cases_of("one document of 4,096", (4096,), (10, 2), 128, torch.float32, none)

@@ -151,8 +151,8 @@ def _double(value):
 
 def cotangent(output, index):
     """The fixed random gradient that flows into output number `index`, in its dtype."""
-    generator = torch.Generator().manual_seed(1000 + index)
-    values = torch.randn(output.shape, generator=generator, dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(1000 + index)
+    values = torch.randn(output.shape, generator=generator, dtype=torch.float32, device="cpu")
     return values.to(output.device, output.dtype)
 
 

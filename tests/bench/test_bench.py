@@ -127,7 +127,7 @@ def test_every_op_has_cases_with_unique_names():
 
 
 def test_a_small_run_ends_with_json(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(machine, "measure_ceilings", lambda seconds: {"mm float32": 1e9})
+    monkeypatch.setattr(machine, "measure_ceilings", lambda seconds, device: {"mm float32": 1e9})
     arguments = ["dispatch", "--case", "tiny", "--seconds", "0", "--no-memory", "--no-peers", "--json", str(tmp_path / "out.json")]
     assert command.main(arguments) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
