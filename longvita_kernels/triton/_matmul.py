@@ -174,6 +174,11 @@ def matmul_kernel(
             tl.store(c_MN, rounded(value, c.dtype.element_ty), mask=ok_MN)
 
 
+def _stages(tile, along):
+    """An index along K is loaded ahead of what it points to, which takes two of the stages."""
+    return tile.stages + 2 * (along == "K")
+
+
 def matmul(a_MK, b_KN, c_MN, *, index=None, along="", count=None, count_along="", first=0, accumulate=False, factor=None):
     """c (+)= a · b. Shapes tell M, N and K, except that the dimension of b that goes through `index` is as long as the index.
 
@@ -193,7 +198,7 @@ def matmul(a_MK, b_KN, c_MN, *, index=None, along="", count=None, count_along=""
         none if factor is None else factor, M, N, K,
         *a_MK.stride(), *b_KN.stride(), *c_MN.stride(),
         INDEX=along, COUNT=count_along, ACCUMULATE=accumulate, FACTOR=factor is not None, EVEN_K=K % tile.k == 0,
-        **blocks(a_MK.dtype, tile), num_warps=tile.warps, num_stages=tile.stages,
+        **blocks(a_MK.dtype, tile), num_warps=tile.warps, num_stages=_stages(tile, along),
     )  # fmt: skip
 
 
@@ -218,6 +223,6 @@ def matmul_spec(name, capability, dtype, *, a_dense, b_dense, c_dtype=torch.floa
     constexprs = {stride: 1 for stride in dense}
     constexprs |= {"INDEX": along, "COUNT": count_along, "ACCUMULATE": accumulate, "FACTOR": factor, "EVEN_K": even}
     return spec(
-        f"{name} {kind}", matmul_kernel, capability, types, constexprs | blocks(dtype, tile), warps=tile.warps, stages=tile.stages,
+        f"{name} {kind}", matmul_kernel, capability, types, constexprs | blocks(dtype, tile), warps=tile.warps, stages=_stages(tile, along),
         matrix=dtype != torch.float32, unaligned=("index_limit",),
     )  # fmt: skip
