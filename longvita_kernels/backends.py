@@ -134,7 +134,7 @@ def _warn_once(op, backend, reason):
 
 @functools.cache
 def architecture(device):
-    """"sm_90" and the like; a device that is no GPU is called by its type."""
+    """ "sm_90" and the like; a device that is no GPU is called by its type."""
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else device.type
 
 

@@ -140,8 +140,9 @@ def _decode_impl(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, 
         return found[0] if only_out else found
     if backend != "native":  # inside torch: the composition in q's own dtype, whose products have tensor cores
         found = _common.run_reference(
-            reference if backend == "reference" else base, q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table=block_table, causal=causal, window_size=(left, right),
-            softcap=softcap, k_scale=k_scale, v_scale=v_scale, softmax_scale=scale, return_lse=True,
+            reference if backend == "reference" else base, q, k_cache, v_cache, cu_seqlens_q, cache_seqlens,
+            block_table=block_table, causal=causal, window_size=(left, right), softcap=softcap, k_scale=k_scale, v_scale=v_scale,
+            softmax_scale=scale, return_lse=True,
         )  # fmt: skip
         return found[0] if only_out else found
     tokens, heads, _ = q.shape

@@ -1,8 +1,8 @@
 """Device functions of the attention kernels: which document a tile lies in, what it sees, how it is loaded, how far a score is capped.
 
 Documents are cut into tiles of BLOCK rows. Tile slots are numbered so that document d begins at slot cu[d] // BLOCK + d: every tile of
-every document has a slot, total // BLOCK + n_docs slots are enough, and the host knows that number without reading cu_seqlens. Slots that no
-tile falls on are empty tiles. Offsets are clamped to the tokens that there are: wrong ones give wrong numbers, never a wrong address.
+every document has a slot, total // BLOCK + n_docs slots are enough, and the host knows that number without reading cu_seqlens. Slots that
+no tile falls on are empty tiles. Offsets are clamped to the tokens that there are: wrong ones give wrong numbers, never a wrong address.
 """
 
 import triton
@@ -14,8 +14,24 @@ INTERPRETED = tl.constexpr(_launch.INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Arguments that change from batch to batch: no kernel is compiled anew for their values.
-COUNTS = ("n_docs", "queries", "keys", "rows", "columns", "tokens", "steps", "slots", "items", "turns", "left", "right",
-          "batch", "capacity", "blocks", "table_stride")
+COUNTS = (
+    "n_docs",
+    "queries",
+    "keys",
+    "rows",
+    "columns",
+    "tokens",
+    "steps",
+    "slots",
+    "items",
+    "turns",
+    "left",
+    "right",
+    "batch",
+    "capacity",
+    "blocks",
+    "table_stride",
+)
 
 
 @triton.jit
@@ -92,7 +108,7 @@ def multipliable(values):
 
 @triton.jit
 def load_rows(ptr, first, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Rows first, first + 1, … of DIM elements as (ROWS, BLOCK_DIM), zeros beyond DIM; MASKED: and from row `length` on, which are not read.
+    """Rows first, first + 1, … of DIM elements as (ROWS, BLOCK_DIM), zeros beyond; MASKED: also from row `length` on, which is not read.
 
     Addresses inside a tile are 32-bit: launchers see to it that ROWS · stride fits."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]

@@ -8,8 +8,20 @@ import triton
 import triton.language as tl
 
 from longvita_kernels.triton._tiles import (
-    COUNTS, LOG2E, block_count, block_start, document_of, extent, first_row, full_range, load_rows, store_rows, tanh, visible_range, work_item,
-)  # fmt: skip
+    COUNTS,
+    LOG2E,
+    block_count,
+    block_start,
+    document_of,
+    extent,
+    first_row,
+    full_range,
+    load_rows,
+    store_rows,
+    tanh,
+    visible_range,
+    work_item,
+)
 
 
 @triton.jit(do_not_specialize=["tokens", "rows"])

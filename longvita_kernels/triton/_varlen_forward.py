@@ -7,8 +7,21 @@ import triton
 import triton.language as tl
 
 from longvita_kernels.triton._tiles import (
-    COUNTS, LN2, LOG2E, block_count, block_start, document_of, extent, first_row, full_range, load_rows, store_rows, tanh, visible_range, work_item,
-)  # fmt: skip
+    COUNTS,
+    LN2,
+    LOG2E,
+    block_count,
+    block_start,
+    document_of,
+    extent,
+    first_row,
+    full_range,
+    load_rows,
+    store_rows,
+    tanh,
+    visible_range,
+    work_item,
+)
 
 
 @triton.jit

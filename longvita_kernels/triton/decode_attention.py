@@ -15,8 +15,18 @@ from longvita_kernels.triton._compile import CAPABILITIES, CompileSpec
 from longvita_kernels.triton._kv_cache import as_bits, cache_row, from_float8
 from longvita_kernels.triton._launch import Blocks
 from longvita_kernels.triton._tiles import (
-    COUNTS, LN2, LOG2E, bounded, document_of, extent, first_row, multipliable, tanh, visible_range, work_item,
-)  # fmt: skip
+    COUNTS,
+    LN2,
+    LOG2E,
+    bounded,
+    document_of,
+    extent,
+    first_row,
+    multipliable,
+    tanh,
+    visible_range,
+    work_item,
+)
 
 # By capability and (bytes per element of q, D as a power of 2, whether sequences bring more than 16 rows).
 BLOCKS = {
@@ -157,8 +167,9 @@ def decode(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scal
     decode_kernel[(programs,)](
         q, k_bits, v_bits, *scales, part, part_lse, cu_seqlens_q, cache_seqlens, block_table if paged else cache_seqlens,
         *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *scales[0].stride()[:3], *scales[1].stride()[:3],
-        tokens, batch, batch.bit_length(), items, triton.cdiv(items, programs), *(x if 0 <= x < _UNLIMITED else _UNLIMITED for x in (left, right)),
-        capacity, block_table.stride(0) if paged else 0, k_cache.shape[0], k_cache.shape[1], scale2, cap,
+        tokens, batch, batch.bit_length(), items, triton.cdiv(items, programs),
+        *(x if 0 <= x < _UNLIMITED else _UNLIMITED for x in (left, right)), capacity, block_table.stride(0) if paged else 0,
+        k_cache.shape[0], k_cache.shape[1], scale2, cap,
         **shape, GROUP=group, M=tile.m, N=tile.n, MIN_KEYS=_MIN_KEYS, PAGED=paged, QUANTISED=quantised,
         FP8=_float8(k_cache.dtype, _launch.capability(q.device)), SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -191,8 +202,11 @@ def compile_specs():
         ):  # fmt: skip
             tile = _launch.blocks(BLOCKS, capability, (2 if dtype == "*bf16" else 4, dim, many))
             quantised = cache in ("*i8", "*u8")
-            constexprs = {"HEADS": 40, "GROUP": 5, "DIM": dim, "BLOCK_DIM": dim, "M": tile.m, "N": tile.n, "SPLITS": 32, "PAGED": quantised,
-                          "MIN_KEYS": _MIN_KEYS, "QUANTISED": quantised, "FP8": _float8(torch.float8_e4m3fn if cache == "*u8" else None, capability), "SOFTCAP": False}  # fmt: skip
+            float8 = _float8(torch.float8_e4m3fn if cache == "*u8" else None, capability)
+            constexprs = {
+                "HEADS": 40, "GROUP": 5, "DIM": dim, "BLOCK_DIM": dim, "M": tile.m, "N": tile.n, "SPLITS": 32, "MIN_KEYS": _MIN_KEYS,
+                "PAGED": quantised, "QUANTISED": quantised, "FP8": float8, "SOFTCAP": False,
+            }  # fmt: skip
             names = [name for name in decode_kernel.arg_names if name not in constexprs]
             types = dict.fromkeys(("cu_q_ptr", "lengths_ptr", "table_ptr"), "*i32") | dict.fromkeys(("scale2", "cap"), "fp32")
             types |= dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32") | {"q_ptr": dtype, "k_ptr": cache, "v_ptr": cache}

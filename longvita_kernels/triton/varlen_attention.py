@@ -165,7 +165,9 @@ def _spec(name, kernel, dtype, capability, tile, constexprs, matrix):
     kinds = {"*fp32": _FLOAT32, "*i32": _INT32, "*i64": _INT64, "fp32": _FLOATS}
     types = {argument: kind for kind, names in kinds.items() for argument in names}
     signature = {a: types.get(a) or (_TYPES[dtype] if a.endswith("_ptr") else "i32") for a in arguments}
-    aligned = tuple(a for a in arguments if a.endswith(("_ptr", "_stride", "_head")) and not a.startswith(("cu_", "lse_", "rest_", "grad_lse_")))
+    aligned = tuple(
+        a for a in arguments if a.endswith(("_ptr", "_stride", "_head")) and not a.startswith(("cu_", "lse_", "rest_", "grad_lse_"))
+    )
     return CompileSpec(
         name=name, kernel=kernel, signature=signature, constexprs=constexprs, num_warps=tile.warps, num_stages=tile.stages, matrix=matrix,
         capability=capability, aligned=aligned,

@@ -109,6 +109,80 @@ def test_a_call_the_native_kernel_cannot_take_warns_once_and_is_explained():
         assert "no float64 cache" in backends.explain(op, q, k_cache=cache)
 
 
+class _OnGpu:
+    """What a choice looks at in a tensor on a GPU."""
+
+    device, is_cpu = torch.device("cuda", 0), False
+
+    def __init__(self, dtype=torch.bfloat16):
+        self.dtype = dtype
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """A machine with an H100 and everything installed."""
+    monkeypatch.setattr(backends, "architecture", lambda device: "sm_90" if device.type == "cuda" else device.type)
+    monkeypatch.setattr(backends, "_not_installed", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "VERIFIED", {})
+    backends._warn_once.cache_clear()
+    return backends.VERIFIED
+
+
+def test_a_kernel_that_never_ran_on_hardware_is_no_default(h100):
+    with pytest.warns(
+        RuntimeWarning, match=r"varlen_attention on torch's own kernels and products: no kernel is verified on sm_90"
+    ) as warned:
+        assert [backends.choose("varlen_attention", _OnGpu()) for _ in range(3)] == ["torch"] * 3
+    assert len(warned) == 1
+    with pytest.warns(RuntimeWarning, match="merge_attention on the plain torch reference: no kernel is verified on sm_90"):
+        assert backends.choose("merge_attention", _OnGpu()) == "reference"
+    with backends.use("triton"):
+        assert backends.choose("varlen_attention", _OnGpu()) == "triton"
+        assert backends._decide("varlen_attention", _OnGpu(), None)[1] == "requested; not verified on sm_90"
+
+
+def test_among_verified_backends_the_fastest_that_can_is_chosen(h100, recwarn):
+    flash, ours = (backends.Verified(name, f"bench/results/{name}.json") for name in ("flash_attn", "triton"))
+    h100["varlen_attention", "sm_90"] = (flash, ours)
+    h100["merge_attention", "sm_100"] = (ours,)
+    assert backends._decide("varlen_attention", _OnGpu(), None)[:2] == (
+        "flash_attn", "the fastest verified on sm_90, see bench/results/flash_attn.json",
+    )  # fmt: skip
+    assert backends.choose("varlen_attention", _OnGpu(torch.float32)) == "triton"  # flash-attn has no float32
+    assert backends.choose("varlen_attention", _OnGpu(torch.float64)) == "reference"
+    assert not recwarn.list
+    with backends.use("triton"):
+        assert backends._decide("varlen_attention", _OnGpu(), None)[1] == "requested; verified on sm_90, see bench/results/triton.json"
+    with pytest.warns(RuntimeWarning, match="no kernel is verified on sm_90"):  # another architecture's result says nothing
+        assert backends.choose("merge_attention", _OnGpu()) == "reference"
+
+
+def test_a_request_concerns_the_ops_that_a_backend_has(h100):
+    h100["merge_attention", "sm_90"] = (backends.Verified("triton", "bench/results/x.json"),)
+    with backends.use("flash_attn"):
+        assert backends.choose("varlen_attention", _OnGpu()) == "flash_attn"
+        assert backends.choose("merge_attention", _OnGpu()) == "triton"
+        with pytest.raises(
+            RuntimeError, match="cannot run varlen_attention: the flash_attn kernel takes bfloat16 and float16, not torch.float32"
+        ):
+            backends.choose("varlen_attention", _OnGpu(torch.float32))
+    with backends.use("triton"), pytest.raises(RuntimeError, match="triton runs on CUDA tensors, not on device 'cpu'"):
+        backends.choose("merge_attention", torch.ones(1))
+
+
+def test_what_is_not_there_cannot_be_requested(monkeypatch):
+    monkeypatch.setattr(backends, "_not_installed", lambda name: f"the package {name} is not installed; pip install it")
+    for name in ("triton", "flash_attn"):
+        assert name not in backends.available()
+        with pytest.raises(RuntimeError, match=f"'{name}' was requested but cannot be used: the package {name} is not installed"):
+            backends.use(name)
+    monkeypatch.setattr(backends, "_not_installed", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="there is no CUDA device"):
+        backends.use("triton")
+
+
 def test_explain_needs_a_tensor():
     with pytest.raises(ValueError, match="needs the call's tensors"):
         backends.explain("merge_attention", 3)

@@ -1,5 +1,5 @@
-"""The Triton kernels of attention and its cache under Triton's interpreter, on CPU tensors. Run by test_attention_kernels.py in a process of
-its own, because a kernel is made for the interpreter or for a GPU when it is defined:
+"""The Triton kernels of attention and its cache under Triton's interpreter, on CPU tensors. Run by test_attention_kernels.py in a process
+of its own, because a kernel is made for the interpreter or for a GPU when it is defined:
 TRITON_INTERPRET=1 python -m pytest tests/triton/attention_kernels.py
 """
 
@@ -137,9 +137,7 @@ def test_wide_partial_results_and_gradients_on_top_of_given_ones():
     dq, dk, dv = (torch.full(x.shape, 1.0) for x in (q, k, v))
     for at, cu_k, right in parts:
         rest = torch.zeros_like(lse)
-        kernels.backward(
-            grad, None, q, k[at], v[at], out, lse, rest, documents, cu_k, scale, -1, right, 0.0, dq, dk[at], dv[at], add=True
-        )
+        kernels.backward(grad, None, q, k[at], v[at], out, lse, rest, documents, cu_k, scale, -1, right, 0.0, dq, dk[at], dv[at], add=True)
     wanted = torch.autograd.grad(expected, leaves, grad.double())
     for got, want in zip((dq, dk, dv), wanted, strict=True):
         torch.testing.assert_close(got.double() - 1, want, rtol=3e-3, atol=3e-3)

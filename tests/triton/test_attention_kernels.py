@@ -29,3 +29,18 @@ def test_attention_kernels_are_right():
 @pytest.mark.slow
 def test_attention_kernels_in_every_dtype_with_each_input_frozen():
     _run(f"not ({_QUICK})")
+
+
+def test_kernels_compile_for_an_h100():
+    """What the interpreter does not see: types. One size of each kernel; make cuda-check compiles them all."""
+    from longvita_kernels.triton import append_kv, decode_attention, merge_attention, varlen_attention
+
+    compiled = 0
+    for module in (append_kv, decode_attention, merge_attention, varlen_attention):
+        for spec in module.compile_specs():
+            large = any(text in spec.name for text in ("D 128", "D 256", "float16", "softcap", "fp32", "fp8"))
+            if spec.capability == 90 and not large:
+                ptx = spec.compile().asm["ptx"]
+                assert "wgmma.mma_async" in ptx or not spec.matrix, spec.name
+                compiled += 1
+    assert compiled >= 8
