@@ -62,12 +62,13 @@ def test_regressions():
     assert "not in compile.json" in cuda_check.regressions("k", 90, GOOD, None)[0]
 
 
-def test_the_table_knows_every_kernel_and_passes():
-    table = json.loads(cuda_check.TABLE.read_text())
-    specs = cuda_check.specs()
-    assert {(name, f"sm_{capability}") for name, capability in specs} == {(n, c) for n, row in table["kernels"].items() for c in row}
-    for (name, capability), spec in specs.items():
-        assert not cuda_check.problems(name, capability, spec.matrix, table["kernels"][name][f"sm_{capability}"])
+def test_the_table_names_kernels_that_exist_and_pass():
+    """That it names all of them is for make cuda-check to say, which compiles them."""
+    table, specs = json.loads(cuda_check.TABLE.read_text()), cuda_check.specs()
+    kept = {(name, int(arch.removeprefix("sm_"))): found for name, row in table["kernels"].items() for arch, found in row.items()}
+    assert kept and set(kept) <= set(specs)
+    for (name, capability), found in kept.items():
+        assert not cuda_check.problems(name, capability, specs[name, capability].matrix, found)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
