@@ -41,6 +41,7 @@ def _build(rows, width, vocab, supervised, dtype):
     labels[torch.randperm(rows, generator=random)[supervised:]] = -100
     one = torch.ones(())
     functions = {OURS: lambda h, w: linear_cross_entropy(h, w, labels)}
+    functions[f"{OURS}, low memory"] = lambda h, w: linear_cross_entropy(h, w, labels, low_memory=True)
     functions["logits + cross entropy"] = lambda h, w: _logits(h, w, labels)
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13
         functions["torch linear_cross_entropy"] = lambda h, w: F.linear_cross_entropy(h, w, labels, reduction="sum").float()

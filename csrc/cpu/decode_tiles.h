@@ -12,13 +12,12 @@
 #include <type_traits>
 #include <utility>
 
-#include "kv_cache.h"
+#include "decode_plan.h"
 #include "simd.h"
 
 namespace longvita::LV_ISA {
 namespace {
 
-constexpr int kRows = 32, kKeys = 32;
 constexpr int kTogether = W == 16 ? 4 : 2;      // keys, and vectors of columns, in one register tile of up to 5 rows
 static_assert(kKeys % W == 0 && W % kTogether == 0, "a row of scores is whole vectors");
 static_assert(!kBf16Pairs || kKeys == 2 * W, "key i is paired with key i + W");

@@ -212,6 +212,12 @@ def _samples(dtype, device, seed):
     yield make("int8, split, group 5, D 128", (1,), (1601,), (1, 1700), heads=(5, 1), dim=128, cache_dtype=torch.int8)
     yield make("int8, window, D 32", (9, 1), (70, 50), (2, 80), dim=32, cache_dtype=torch.int8, window_size=(40, 0))
     yield make("int8 paged", (2, 1), (13, 20), (6, 8), cache_dtype=torch.int8, table=table)
+    yield make("D 128, group 5, tiles and parts of tiles", (1, 1, 0, 1), (33, 64, 5, 7), (4, 70), heads=(10, 2), dim=128)
+    yield make("D 128, four queries, window, softcap", (4, 2), (75, 3), (2, 80), heads=(3, 3), dim=128, window_size=(40, 0), softcap=3.0)
+    yield make("D 128, split, three heads", (1,), (1100,), (1, 1101), heads=(6, 3), dim=128)
+    yield make("int8 paged, D 128, group 4", (1, 1), (13, 20), (6, 8), heads=(8, 2), dim=128, cache_dtype=torch.int8, table=table)
+    window = {"causal": False, "window_size": (30, 9)}
+    yield make("int8, D 128, two-sided window", (3,), (90,), (1, 90), heads=(3, 3), dim=128, cache_dtype=torch.int8, **window)
     yield make("fp8", (1, 4), (70, 9), (2, 70), cache_dtype=torch.float8_e4m3fn)
     yield make("float16 cache, D 256", (1,), (33,), (1, 40), heads=(2, 1), dim=256, cache_dtype=torch.float16)
 

@@ -111,7 +111,7 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
                                   gradient of weight. reduction="none" and vocab_group always do so
     → loss, float32. Nothing supervised gives 0. Sums are in float32, gradients are rounded once, and a frozen input skips its matmul.
 
-    Memory beside inputs and outputs: one chunk of logits, at most max(16 MiB, V KiB), and 3.6 MiB per thread; from forward to backward
+    Memory beside inputs and outputs: one chunk of logits, at most max(16 MiB, V KiB), and 4.6 MiB per thread; from forward to backward
     the float32 gradients of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile (T, H): R is not known
     there); or, where that is smaller than the latter, the gradients of the logits (R, V), in 16 bits where those are multiplied. With
     low_memory: at most max(16 MiB, R KiB) of logits and, in backward, the float32 gradient of the rows (R, H). On a GPU R is not known to

@@ -48,7 +48,7 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
     → (N, rows/2 · cols/2, O) in x's dtype. All seven tensors take gradients; those that are frozen skip their part of the work.
 
     Statistics, sums and GELU are in float32. Memory beside inputs and outputs: GELU(z), and z if a gradient may follow, (tokens, D) each;
-    backward one (tokens, D), and a tensor like x if x is frozen but LayerNorm is not; per thread 3.6 MiB and two tokens of floats.
+    backward one (tokens, D), and a tensor like x if x is frozen but LayerNorm is not; per thread 4.6 MiB and two tokens of floats.
     Autocast casts x, weights and biases like `linear`, and leaves ln_weight and ln_bias.
     Raises ValueError for shapes, dtypes, devices or strides that do not fit.
     """
