@@ -206,7 +206,7 @@ def _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, labe
 
 def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, keep):
     """Sum of the losses of `rows`, their statistics and, unscaled and in float32, the gradients that `needs` asks for; or, with `keep`, the
-    bytes of each (`_logit_chunks.kept_bytes`), an empty tensor and the gradients of the logits."""
+    bytes of each (`_kept_bytes`), an empty tensor and the gradients of the logits."""
     _logit_chunks.check_labels(labels, rows, ignore_index, weight.shape[0])
     loss, statistics, grad_rows, grad_weight = _loss_fake(
         hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, keep
