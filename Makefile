@@ -1,4 +1,4 @@
-# make demo · make test · make test-all · make lint.  Each makes $(VENV) if it is missing and installs what it needs.
+# make demo · make test · make test-all · make cuda-check · make lint.  Each makes $(VENV) if it is missing and installs what it needs.
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo-out
@@ -13,13 +13,14 @@ SOURCE := $(shell find csrc -type f)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench lint clean
+.PHONY: help install demo test test-all bench cuda-check lint clean
 
 help:
 	@echo "make demo       train a tiny Long-VITA through all four stages and ask it questions (OUT=$(OUT), ARGS=--quick for a first look)"
 	@echo "make test       the tests"
 	@echo "make test-all   the tests and everything slow that 'make test' leaves out; writes tests/RESULTS.md"
 	@echo "make bench      speed and memory of the ops beside their peers (ARGS=\"varlen_attention --dtype float32\"; --help tells the rest)"
+	@echo "make cuda-check compile every Triton kernel for GPUs and look at registers, spills and shared memory (no GPU needed; ARGS=--help)"
 	@echo "make lint       ruff"
 	@echo "make install    only prepare $(VENV)"
 	@echo "make clean      remove build outputs (keeps $(VENV) and $(OUT))"
@@ -49,6 +50,9 @@ test-all: $(CORE)
 
 bench: $(CORE)
 	$(BIN)/python -m bench $(ARGS)
+
+cuda-check: $(DEPS)
+	$(BIN)/python -m bench.cuda_check $(ARGS)
 
 lint: $(CORE)
 	$(BIN)/python -m ruff check .

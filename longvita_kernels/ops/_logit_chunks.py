@@ -49,10 +49,9 @@ def native_loss(hidden, weight, labels, ignore_index, loss_weight, softcap, z_lo
     return loss, counts
 
 
-def kept_bytes(hidden, weight, rows, softcap):
-    """Bytes of one kept logit gradient, if those of `rows` rows are no larger than the float32 gradient of weight; or 0."""
-    size = native.load().linear_cross_entropy_logit_bytes(native.dtype_code(hidden.dtype), softcap, False)
-    return size if rows * size <= 4 * hidden.shape[1] else 0
+def logit_bytes(hidden, softcap):
+    """Bytes of one logit gradient as the native kernel holds it."""
+    return native.load().linear_cross_entropy_logit_bytes(native.dtype_code(hidden.dtype), softcap, False)
 
 
 def _run(way, hidden, weight, rows, labels, softcap, chunk, logits, grads, *, statistics=None, coefficients=None, partial=None,
@@ -70,7 +69,7 @@ def _run(way, hidden, weight, rows, labels, softcap, chunk, logits, grads, *, st
 
 def run_native(hidden, weight, rows, labels, softcap, statistics, *, needs=(False, False), keep=0, row_weight=None, smoothing=0.0,
                z_loss=0.0):  # fmt: skip
-    """Fills statistics (5, R) of `rows` (R,) of hidden → gradients (R, H) and (V, H), float32; or, with keep = kept_bytes(…), those of the
+    """Fills statistics (5, R) of `rows` (R,) of hidden → gradients (R, H) and (V, H), float32; or, with keep = logit_bytes(…), those of the
     logits (R, V), for `finish`."""
     vocab, size = weight.shape[0], rows.shape[0]
     bytes_each = keep or native.load().linear_cross_entropy_logit_bytes(native.dtype_code(hidden.dtype), softcap, False)

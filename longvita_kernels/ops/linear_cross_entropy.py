@@ -113,8 +113,9 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
 
     Memory beside inputs and outputs: one chunk of logits, at most max(16 MiB, V KiB), and 4.6 MiB per thread; from forward to backward
     the float32 gradients of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile (T, H): R is not known
-    there); or, where that is smaller than the latter, the gradients of the logits (R, V), in bf16 where the CPU multiplies bf16. With
-    low_memory: at most max(16 MiB, R KiB) of logits and, in backward, the float32 gradient of the rows (R, H).
+    there); or, where that is smaller than the latter, the gradients of the logits (R, V), in 16 bits where those are multiplied. With
+    low_memory: at most max(16 MiB, R KiB) of logits and, in backward, the float32 gradient of the rows (R, H). On a GPU R is not known to
+    the host and counts as T, and a chunk of logits takes up to 1.25 GiB.
     Raises ValueError for arguments that do not fit and, on the CPU, for a label outside 0 … V−1 that is not ignore_index.
     """
     hidden, weight = _common.autocast_tensors(hidden, weight)
@@ -148,10 +149,11 @@ def _summed(hidden, weight, labels, needs, ignore_index, reduction, loss_weight,
     """Loss with both gradients from one visit of every chunk."""
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = (labels != ignore_index).nonzero().squeeze(1)  # so that what waits for backward has R rows, not T
-        native_runs = needs[1] and backends.choose("linear_cross_entropy", hidden) == "native"
-        keep = _logit_chunks.kept_bytes(hidden, weight, rows.shape[0], softcap) if native_runs else 0
     else:
-        rows, keep = torch.arange(labels.shape[0], device=labels.device), 0
+        rows = torch.arange(labels.shape[0], device=labels.device)
+    keep = 0
+    if needs[1] and not torch.compiler.is_compiling():
+        keep = _kept_bytes(hidden, rows.shape[0], softcap, backends.choose("linear_cross_entropy", hidden))
     picked = labels[rows]
     picked_weight = None if loss_weight is None else loss_weight[rows]
     loss, statistics, _, _ = _loss(
@@ -161,6 +163,15 @@ def _summed(hidden, weight, labels, needs, ignore_index, reduction, loss_weight,
     if reduction == "mean":
         loss = loss / _divisor(supervised.to(loss.dtype) if loss_weight is None else picked_weight * supervised)
     return _with_stats(loss, statistics, supervised, return_stats)
+
+
+def _kept_bytes(hidden, rows, softcap, backend):
+    """Bytes of one kept logit gradient, if those of `rows` rows are no larger than a float32 gradient of weight, whose place they take;
+    or 0."""
+    if backend == "reference":
+        return 0
+    size = hidden.element_size() if backend == "triton" else _logit_chunks.logit_bytes(hidden, softcap)
+    return size if rows * size <= 4 * hidden.shape[1] else 0
 
 
 def _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, label_smoothing, vocab_start, vocab_group):
@@ -195,17 +206,27 @@ def _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, labe
 
 def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, keep):
     """Sum of the losses of `rows`, their statistics and, unscaled and in float32, the gradients that `needs` asks for; or, with `keep`, the
-    bytes of each (`_logit_chunks.kept_bytes`), an empty tensor and the gradients of the logits."""
+    bytes of each (`_kept_bytes`), an empty tensor and the gradients of the logits."""
     _logit_chunks.check_labels(labels, rows, ignore_index, weight.shape[0])
     loss, statistics, grad_rows, grad_weight = _loss_fake(
         hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, keep
     )
+    backend = backends.choose("linear_cross_entropy", hidden)
+    if backend == "triton":
+        _triton().loss_pass(
+            hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, statistics.zero_(), grad_rows,
+            grad_weight, keep,
+        )  # fmt: skip
+        supervised = labels != ignore_index
+        row_loss = torch.where(supervised, _row_loss(statistics, weight.shape[0], z_loss, label_smoothing), 0.0)
+        loss.copy_((row_loss if loss_weight is None else row_loss * (loss_weight * supervised)).sum())
+        return loss, statistics, grad_rows, grad_weight
     kept = (labels != ignore_index).nonzero().squeeze(1)
     picked, labels = rows[kept], labels[kept]
     weight_R = None if loss_weight is None else loss_weight[kept]
-    if backends.choose("linear_cross_entropy", hidden) == "reference":
+    if backend == "reference":
         if keep:
-            raise RuntimeError("only the native kernel can keep the gradients of the logits; the backend changed inside a call")
+            raise RuntimeError("the reference cannot keep the gradients of the logits; the backend changed inside a call")
         found, grads = _reference_pass(hidden, weight, picked, labels, weight_R, softcap, z_loss, label_smoothing, needs)
     else:
         found = torch.empty(5, kept.shape[0], dtype=torch.float32)
@@ -224,6 +245,12 @@ def _spread(values_KN, kept, rows):
     if kept.shape[0] == rows.shape[0]:
         return values_KN
     return values_KN.new_zeros(rows.shape[0], values_KN.shape[1]).index_copy_(0, kept, values_KN)
+
+
+def _triton():
+    from longvita_kernels.triton import linear_cross_entropy
+
+    return linear_cross_entropy
 
 
 def _reference_pass(hidden, weight, rows, labels, loss_weight, softcap, z_loss, label_smoothing, needs):
@@ -254,7 +281,7 @@ def _loss_setup_context(ctx, inputs, output):
     hidden, weight, rows = inputs[:3]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, rows, output[2], output[3])
+    ctx.save_for_backward(hidden, weight, rows, *output[1:])
     ctx.needs, ctx.keep = inputs[-2:]
 
 
@@ -265,12 +292,17 @@ def _loss_backward(ctx, grad, *unused):
     return *(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), *(None,) * 9
 
 
-def _loss_grad_impl(grad, hidden, weight, rows, grad_rows, grad_weight, needs, keep):
+def _loss_grad_impl(grad, hidden, weight, rows, statistics, grad_rows, grad_weight, needs, keep):
     """Scale, round once, and put the rows where they belong; with `keep`, `grad_weight` holds the gradients of the logits."""
+    backend = backends.choose("linear_cross_entropy", hidden)
+    if keep and backend == "triton":
+        return _triton().finish(grad, hidden, weight, rows, statistics, grad_weight, needs)
     if keep:
         return _logit_chunks.finish(hidden, weight, rows, grad_weight, grad, needs)
     out_hidden, out_weight = _common.absent(hidden), _common.absent(hidden)
-    if needs[0]:
+    if needs[0] and backend == "triton":
+        out_hidden = _triton().scaled_rows(grad, hidden, rows, statistics, grad_rows)  # never reads what is not supervised
+    elif needs[0]:
         out_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         out_hidden.index_copy_(0, rows, _scaled(grad_rows, grad, hidden.dtype))
     if needs[1]:
@@ -284,23 +316,27 @@ def _scaled(values_NH, factor, dtype):
         return values_NH * factor
     if backends.choose("linear_cross_entropy", values_NH) == "native":
         return _logit_chunks.scaled(values_NH, factor, dtype)
-    return (values_NH * factor).to(dtype)
+    out = values_NH.new_empty(values_NH.shape, dtype=dtype)
+    return torch.mul(values_NH, factor, out=out)  # on a GPU one kernel, without the product in float32
 
 
 def _input_grads_fake(hidden, weight, needs):
     return tuple(x.new_empty(x.shape) if need else _common.absent(x) for x, need in zip((hidden, weight), needs, strict=True))
 
 
-def _loss_grad_fake(grad, hidden, weight, rows, grad_rows, grad_weight, needs, keep):
+def _loss_grad_fake(grad, hidden, weight, rows, statistics, grad_rows, grad_weight, needs, keep):
     return _input_grads_fake(hidden, weight, needs)
 
 
 def _rows_impl(hidden, weight, labels, ignore_index, softcap, vocab_start, vocab_size):
     """Statistics (5, T) of the supervised rows, 0 elsewhere."""
     _logit_chunks.check_labels(labels, None, ignore_index, vocab_size)
+    backend = backends.choose("linear_cross_entropy", hidden)
+    if backend == "triton":
+        return _triton().rows_statistics(hidden, weight, labels, ignore_index, softcap, vocab_start)
     rows = (labels != ignore_index).nonzero().squeeze(1)
     local = labels[rows] - vocab_start
-    if backends.choose("linear_cross_entropy", hidden) == "reference":
+    if backend == "reference":
         dtype = _common.compute_dtype(hidden)
         found = _common.run_reference(lambda h, w: _statistics(h.to(dtype) @ w.to(dtype).T, local, softcap), hidden[rows], weight)
     else:
@@ -329,10 +365,13 @@ def _rows_backward(ctx, grad):
 
 def _rows_grad_impl(grad, hidden, weight, labels, statistics, ignore_index, softcap, vocab_start, needs):
     """Makes the logits again, with the gradients of lse, target and sum as coefficients (the maximum has none)."""
+    backend = backends.choose("linear_cross_entropy", hidden)
+    if backend == "triton":
+        return _triton().rows_gradient(grad, hidden, weight, labels, statistics, ignore_index, softcap, vocab_start, needs)
     rows = (labels != ignore_index).nonzero().squeeze(1)
     local = labels[rows] - vocab_start
     coefficients = grad[:3, rows].contiguous()
-    if backends.choose("linear_cross_entropy", hidden) == "reference":
+    if backend == "reference":
         dtype = _common.compute_dtype(hidden)
 
         def definition(hidden_RH, weight_VH):
@@ -359,7 +398,8 @@ _INPUTS = "Tensor hidden, Tensor weight"
 _OPTIONS = "int ignore_index, float softcap"
 _loss_grad = _common.define_op(
     "linear_cross_entropy_backward",
-    f"(Tensor grad, {_INPUTS}, Tensor rows, Tensor grad_rows, Tensor grad_weight, bool[2] needs, int keep) -> (Tensor, Tensor)",
+    f"(Tensor grad, {_INPUTS}, Tensor rows, Tensor statistics, Tensor grad_rows, Tensor grad_weight, bool[2] needs, int keep) "
+    "-> (Tensor, Tensor)",
     _loss_grad_impl, _loss_grad_fake,
 )  # fmt: skip
 _loss = _common.define_op(
@@ -425,12 +465,10 @@ def _flat_calls(sample):
     hidden, weight, labels = sample.args
     options = [sample.kwargs.get("ignore_index", -100), sample.kwargs.get("softcap", 0.0)]
     rows, needs = torch.arange(labels.shape[0]), [True, True]
-    size = _logit_chunks.kept_bytes(hidden, weight, 0, options[1]) if backends.choose("linear_cross_entropy", hidden) == "native" else 0
-    for keep in {0, size}:
+    for keep in {0, _kept_bytes(hidden, 0, options[1], backends.choose("linear_cross_entropy", hidden))}:
         loss_args = (hidden, weight, rows, labels, sample.kwargs.get("loss_weight"), *options, 0.01, 0.1, needs, keep)
         yield _loss, loss_args
-        _, _, grad_rows, grad_weight = _loss(*loss_args)
-        yield _loss_grad, (torch.tensor(0.5), hidden, weight, rows, grad_rows, grad_weight, needs, keep)
+        yield _loss_grad, (torch.tensor(0.5), hidden, weight, rows, *_loss(*loss_args)[1:], needs, keep)
     yield _rows, (hidden, weight, labels, *options, 0, weight.shape[0])
     statistics = _rows(hidden, weight, labels, *options, 0, weight.shape[0])
     for needs in ([True, True], [False, True], [True, False]):

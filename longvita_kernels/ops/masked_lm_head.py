@@ -73,6 +73,12 @@ def check_rows(rows, tokens):
         )
 
 
+def _triton():
+    from longvita_kernels.triton import masked_lm_head
+
+    return masked_lm_head
+
+
 def _native_arguments(hidden, weight, rows, scratch):
     return (
         native.dtype_code(hidden.dtype), *hidden.shape, weight.shape[0], rows.shape[0],
@@ -82,9 +88,13 @@ def _native_arguments(hidden, weight, rows, scratch):
 
 
 def _forward_impl(hidden, weight, rows):
-    if backends.choose("masked_lm_head", hidden) == "reference":
+    backend = backends.choose("masked_lm_head", hidden)
+    if backend != "native":
         check_rows(rows, hidden.shape[0])  # the native kernel does so itself
+    if backend == "reference":
         return _common.run_reference(reference, hidden, weight, rows)
+    if backend == "triton":
+        return _triton().forward(hidden, weight, rows)
     logits, rows, module = _forward_fake(hidden, weight, rows), rows.contiguous(), native.load()
     gathered = torch.empty(4 * (-(-hidden.shape[1] // 16) * 16), dtype=torch.float32)
     scratch = gathered if rows.shape[0] <= module.masked_lm_head_thin_rows() else _gemm.scratch()  # the kernel of few rows needs none
@@ -97,8 +107,11 @@ def _forward_fake(hidden, weight, rows):
 
 
 def _backward_impl(grad, hidden, weight, rows, needs):
-    if backends.choose("masked_lm_head", hidden) == "reference":
+    backend = backends.choose("masked_lm_head", hidden)
+    if backend == "reference":
         return _common.reference_gradients(lambda h, w: reference(h, w, rows), (hidden, weight), needs, (grad,))
+    if backend == "triton":
+        return _triton().backward(grad, hidden, weight, rows, needs)
     grad, rows, scratch = _gemm.dense_rows(grad), rows.contiguous(), _gemm.scratch()
     tokens, width = hidden.shape
     grad_hidden = hidden.new_zeros(tokens, width) if needs[0] else _common.absent(hidden)

@@ -112,6 +112,12 @@ def _backend(x):
     return backends.choose("pixel_shuffle_projection", x, native_cannot(x=x))
 
 
+def _triton():
+    from longvita_kernels.triton import pixel_shuffle_projection
+
+    return pixel_shuffle_projection
+
+
 def _sizes(x, w1, w2, grid):
     """(N, rows, cols, C, D, O) and the number of tokens."""
     tiles, _, channels = x.shape
@@ -152,7 +158,11 @@ def _vector(tensor):
 def _forward_impl(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, save, *, only_out=False):
     """y, z and the statistics; `only_out`: just y (not for the dispatcher), with the statistics in the scratch."""
     inputs = (x, ln_weight, ln_bias, w1, b1, w2, b2)
-    native_runs = _backend(x) == "native"
+    backend = _backend(x)
+    if backend == "triton":
+        outputs = _triton().forward(*inputs, grid, class_token, eps, save)
+        return outputs[0] if only_out else outputs
+    native_runs = backend == "native"
     if native_runs and only_out:
         tiles, tokens = x.shape[0], (grid[0] // 2) * (grid[1] // 2)
         y = torch.empty(tiles, tokens, w2.shape[0], dtype=x.dtype)
@@ -178,7 +188,10 @@ def _forward_fake(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps,
 
 def _backward_impl(grad, x, ln_weight, ln_bias, w1, b1, w2, b2, z, stats, grid, class_token, eps, needs):
     inputs = (x, ln_weight, ln_bias, w1, b1, w2, b2)
-    if _backend(x) == "reference":
+    backend = _backend(x)
+    if backend == "triton":
+        return _triton().backward(grad, *inputs, z, stats, grid, class_token, eps, needs)
+    if backend == "reference":
 
         def definition(x, ln_weight, ln_bias, w1, b1, w2, b2):
             return reference(x, ln_weight, ln_bias, w1, w2, b1=b1, b2=b2, grid=grid, class_token=class_token, eps=eps)

@@ -43,3 +43,13 @@ class CompileSpec:
         source = ASTSource(self.kernel, signature, {(names.index(name),): value for name, value in self.constexprs.items()}, attributes)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return compile_source(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+
+
+def spec(name, kernel, capability, types, constexprs, *, warps=4, stages=3, matrix=False, unaligned=()):
+    """CompileSpec with the arguments written by type: {"*bf16": "x y", "i32": "rows"}. All are divisible by 16 but fp32 and `unaligned`."""
+    signature = {argument: kind for kind, arguments in types.items() for argument in arguments.split()}
+    aligned = tuple(argument for argument, kind in signature.items() if kind != "fp32" and argument not in unaligned)
+    return CompileSpec(
+        name=name, kernel=kernel, signature=signature, constexprs=constexprs, num_warps=warps, num_stages=stages, matrix=matrix,
+        capability=capability, aligned=aligned,
+    )  # fmt: skip
