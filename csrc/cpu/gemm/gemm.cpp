@@ -370,7 +370,7 @@ TileGrid::TileGrid(int64_t M, int64_t N, int threads, int64_t width) : M(M), N(N
   const int64_t least_rows = ceil_div(M, kTileM), least_cols = ceil_div(N, width > 0 ? width : kTileN);
   int64_t best = INT64_MAX;
   constexpr int64_t kTiny = 1024;      // elements: finding the best cut would take longer than the product
-  if (width == 0 && M * N <= kTiny && M <= kTileM && N <= kTileN) {
+  if (width == 0 && M * N > 0 && M * N <= kTiny && M <= kTileM && N <= kTileN) {
     tile_m = ceil_div(M, kMr) * kMr, tile_n = ceil_div(N, W) * W;
     best = 0;
   }
