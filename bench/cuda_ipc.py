@@ -47,6 +47,7 @@ class _Copies:
 
     def wait(self):
         for key, peer, tensor in self._coming:
+            # torch describes a tensor's memory for another process only so; it comes from a process that this benchmark started itself
             rebuild, arguments = pickle.loads(base64.b64decode(self._get(key, f"receiving from rank {peer}")))
             tensor.copy_(rebuild(*arguments))
             torch.cuda.current_stream().synchronize()  # the sender may change its tensor from here on

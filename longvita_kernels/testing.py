@@ -224,6 +224,19 @@ def check_sample(spec, sample, *, wrt=None, used=None, measure=None):
     return got
 
 
+def check_samples(spec, samples, choices):
+    """`check_sample` with each of `choices(sample)`, dicts of its keywords; raises one AssertionError with what all of them found."""
+    problems = []
+    for sample in samples:
+        for choice in choices(sample):
+            try:
+                check_sample(spec, sample, **choice)
+            except AssertionError as error:
+                problems.append(f"{sample.label} {choice or ''}\n{error}")
+    if problems:
+        raise AssertionError("\n".join(problems))
+
+
 def spoiled(tensor):
     """Wrong versions of a correct tensor that any test of accuracy must reject: {what was done: tensor}. Empty if it holds only zeros."""
     finite = tensor[tensor.isfinite()]

@@ -46,22 +46,11 @@ def _samples(name, dtype):
     return list(all_specs()[name].samples(dtype, "cuda", 0))
 
 
-def _check_all(spec, dtype, choices):
-    problems = []
-    for sample in _samples(spec.name, dtype):
-        for choice in choices(sample):
-            try:
-                testing.check_sample(spec, sample, **choice)
-            except AssertionError as error:
-                problems.append(f"{choice or ''}\n{error}")
-    assert not problems, "\n".join(problems)
-
-
 @each_choice
 def test_forward_and_gradients_are_accurate(spec, dtype, backend):
     with backends.use(backend):
         assert backends.choose(spec.name, _samples(spec.name, dtype)[0].args[0]) == backend
-        _check_all(spec, dtype, lambda sample: [{}])
+        testing.check_samples(spec, _samples(spec.name, dtype), lambda sample: [{}])
 
 
 @each_choice
@@ -74,7 +63,7 @@ def test_frozen_inputs_and_unused_outputs(spec, dtype, backend):
             yield from ({"used": (output,)} for output in spec.outputs)
 
     with backends.use(backend):
-        _check_all(spec, dtype, choices)
+        testing.check_samples(spec, _samples(spec.name, dtype), choices)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)

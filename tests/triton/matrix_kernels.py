@@ -1,4 +1,4 @@
-"""The Triton kernels of the matrix ops under Triton's interpreter, on CPU tensors. Run by test_matrix_kernels.py in a process of its own,
+"""The Triton kernels of the matrix ops under Triton's interpreter, on CPU tensors. Run by test_interpreted.py in a process of its own,
 because a kernel is made for the interpreter or for a GPU when it is defined:
 
     TRITON_INTERPRET=1 python -m pytest tests/triton/matrix_kernels.py
@@ -28,15 +28,9 @@ def _on_triton():
 
 def _check(name, dtype, choices):
     spec = all_specs()[name]
-    problems = []
-    for sample in spec.samples(dtype, "cpu", 0):
-        assert backends.choose(name, sample.args[0]) == "triton"
-        for choice in choices(sample):
-            try:
-                testing.check_sample(spec, sample, **choice)
-            except AssertionError as error:
-                problems.append(f"{choice or ''}\n{error}")
-    assert not problems, "\n".join(problems)
+    samples = list(spec.samples(dtype, "cpu", 0))
+    assert all(backends.choose(name, sample.args[0]) == "triton" for sample in samples)
+    testing.check_samples(spec, samples, choices)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

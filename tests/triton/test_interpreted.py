@@ -1,4 +1,4 @@
-"""Runs attention_kernels.py under Triton's interpreter, each part in a process of its own."""
+"""Runs attention_kernels.py and matrix_kernels.py under Triton's interpreter, each part in a process of its own."""
 
 import os
 import subprocess
@@ -10,25 +10,27 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: pip install longvita[triton]")
 
 _QUICK = "not (frozen or bfloat16 or float32)"  # accuracy in float16, and what is special about each op
+each_file = pytest.mark.parametrize("file", ["attention_kernels.py", "matrix_kernels.py"])
 
 
-def _run(selection):
+def _run(file, selection):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("LONGVITA_BACKEND", None)
-    file = Path(__file__).with_name("attention_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, str(Path(__file__).with_name(file))]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
     assert " passed" in done.stdout
 
 
-def test_attention_kernels_are_right():
-    _run(_QUICK)
+@each_file
+def test_kernels_are_right(file):
+    _run(file, _QUICK)
 
 
 @pytest.mark.slow
-def test_attention_kernels_in_every_dtype_with_each_input_frozen():
-    _run(f"not ({_QUICK})")
+@each_file
+def test_kernels_in_every_dtype_with_each_input_frozen(file):
+    _run(file, f"not ({_QUICK})")
 
 
 def test_kernels_compile_for_an_h100():
