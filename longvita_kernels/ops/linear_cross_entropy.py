@@ -97,7 +97,7 @@ def _with_stats(loss, statistics, supervised, return_stats):
 
 def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction="sum", loss_weight=None, softcap=0.0, z_loss=0.0,
                          label_smoothing=0.0, return_stats=False, vocab_start=0, vocab_group=None, low_memory=False):  # fmt: skip
-    """Cross entropy between `hidden @ weight.T` and `labels`; the (T, V) logits are never made.
+    """Cross entropy between `hidden @ weight.T` and `labels`; made without the (T, V) logits in float32 (see Memory).
 
     hidden (T, H), weight (V, H)  float32, bfloat16 or float16, alike; last dimension dense, rows may be strided; both take gradients
     labels (T,) int64             already shifted: labels[t] is what hidden[t] predicts; rows with ignore_index cost nothing
