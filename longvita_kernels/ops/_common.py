@@ -60,7 +60,7 @@ _EAGER = {}  # op → the same with its gradient as an autograd.Function
 
 def call(op, implementation, tensors, *rest):
     """`op(*tensors, *rest)`, past torch's dispatcher where nothing listens there: a plain call of its CPU implementation or, where only
-    autograd does, an autograd.Function made of the same parts. Several times cheaper: the dispatcher takes 0.1 ms for a forward and backward.
+    autograd does, an autograd.Function made of the same parts. Several times cheaper: the dispatcher takes 0.1 ms a forward and backward.
 
     tensors  Tensor or None each. The dispatcher is needed for compilation and tracing, modes (fake tensors, functional transforms,
              function modes), subclasses, other devices, and a profiler that would like to see the op.

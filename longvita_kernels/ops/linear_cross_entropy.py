@@ -111,11 +111,11 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
                                   gradient of weight. reduction="none" and vocab_group always do so
     → loss, float32. Nothing supervised gives 0. Sums are in float32, gradients are rounded once, and a frozen input skips its matmul.
 
-    Memory beside inputs and outputs: one chunk of logits, at most max(16 MiB, V KiB), and 7.7 MiB per thread; from forward to backward
-    the float32 gradients of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile (T, H): R is not known
-    there); or, where that is smaller than the latter, the gradients of the logits (R, V), in 16 bits where those are multiplied. With
-    low_memory: at most max(16 MiB, R KiB) of logits and, in backward, the float32 gradient of the rows (R, H). On a GPU R is not known to
-    the host and counts as T, and a chunk of logits takes up to 1.25 GiB.
+    Memory beside inputs and outputs: one chunk of logits, at most max(16 MiB, V KiB), and 7.7 MiB a thread, kept for the next call;
+    from forward to backward the float32 gradients of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile
+    (T, H): R is not known there); or, where that is smaller than the latter, the gradients of the logits (R, V), in 16 bits where those
+    are multiplied. With low_memory: at most max(16 MiB, R KiB) of logits and, in backward, the float32 gradient of the rows (R, H). On a
+    GPU R is not known to the host and counts as T, and a chunk of logits takes up to 1.25 GiB.
     Raises ValueError for arguments that do not fit and, on the CPU, for a label outside 0 … V−1 that is not ignore_index.
     """
     hidden, weight = _common.autocast_tensors(hidden, weight)

@@ -37,7 +37,7 @@ def masked_lm_head(hidden, weight, rows):
     rows           int64 (M,), in any order, repeats allowed; or bool (T,), True where logits are wanted (synchronises on a GPU)
     → logits (M, V) in hidden's dtype, accumulated in float32. hidden and weight take gradients; one that is frozen costs nothing.
 
-    Memory beside inputs and outputs: about 7.7 MiB per thread; backward, when hidden takes a gradient, M × H float32.
+    Memory beside inputs and outputs: about 7.7 MiB a thread, kept for the next call; backward, when hidden takes a gradient, M × H float32.
     Autocast casts hidden and weight like `linear`. Raises ValueError for shapes, dtypes, devices or strides that do not fit and, on the
     CPU, for a row outside 0 … T−1.
     """
@@ -97,8 +97,11 @@ def _forward_impl(hidden, weight, rows):
         return _triton().forward(hidden, weight, rows)
     logits, rows, module = _forward_fake(hidden, weight, rows), rows.contiguous(), native.load()
     gathered = torch.empty(4 * (-(-hidden.shape[1] // 16) * 16), dtype=torch.float32)
-    scratch = gathered if rows.shape[0] <= module.masked_lm_head_thin_rows() else _gemm.scratch()  # the kernel of few rows needs none
+    thin = rows.shape[0] <= module.masked_lm_head_thin_rows()  # the kernel of few rows needs no scratch
+    scratch = gathered if thin else _gemm.take(_gemm.scratch_floats())
     module.masked_lm_head_forward(*_native_arguments(hidden, weight, rows, scratch), logits.data_ptr(), gathered.data_ptr())
+    if not thin:
+        _gemm.give_back(scratch)
     return logits
 
 
@@ -112,7 +115,7 @@ def _backward_impl(grad, hidden, weight, rows, needs):
         return _common.reference_gradients(lambda h, w: reference(h, w, rows), (hidden, weight), needs, (grad,))
     if backend == "triton":
         return _triton().backward(grad, hidden, weight, rows, needs)
-    grad, rows, scratch = _gemm.dense_rows(grad), rows.contiguous(), _gemm.scratch()
+    grad, rows, scratch = _gemm.dense_rows(grad), rows.contiguous(), _gemm.take(_gemm.scratch_floats())
     tokens, width = hidden.shape
     grad_hidden = hidden.new_zeros(tokens, width) if needs[0] else _common.absent(hidden)
     grad_weight = weight.new_empty(weight.shape) if needs[1] else _common.absent(weight)
@@ -122,6 +125,7 @@ def _backward_impl(grad, hidden, weight, rows, needs):
         *_native_arguments(hidden, weight, rows, scratch), grad.data_ptr(), grad.stride(0),
         grad_hidden.data_ptr(), grad_rows.data_ptr(), owner.data_ptr(), grad_weight.data_ptr(),
     )  # fmt: skip
+    _gemm.give_back(scratch)
     return grad_hidden, grad_weight
 
 
