@@ -1,0 +1,42 @@
+// The Python module _native_cuda. Each op has its own bind_<op>.cpp; CMake lists them in LV_BIND_LIST. Addresses and streams are integers.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+namespace py = pybind11;
+
+#define LV_BIND(name) void bind_##name(py::module_&);
+LV_BIND_LIST
+#undef LV_BIND
+
+namespace {
+
+// Why no kernel can run in this process, or "". Makes no context: a fork after it is harmless.
+std::string cannot_run() {
+  int driver = 0, count = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver on this machine";
+  const cudaError_t code = cudaGetDeviceCount(&count);
+  cudaGetLastError();
+  if (code == cudaSuccess && count > 0) return "";
+  const std::string versions = "driver for CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
+                               ", built with CUDA " + std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  return code == cudaSuccess ? "there is no CUDA device" : std::string(cudaGetErrorString(code)) + " (" + versions + ")";
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native_cuda, m) {
+  m.doc() = "CUDA kernels of longvita_kernels. Raw pointers: call through longvita_kernels.ops.";
+  m.def("cannot_run", &cannot_run, "why no kernel can run here, or an empty text");
+  m.attr("emulated") =
+#ifdef LV_EMULATED
+      true;
+#else
+      false;
+#endif
+  m.attr("cuda_version") = CUDART_VERSION;
+#define LV_BIND(name) bind_##name(m);
+  LV_BIND_LIST
+#undef LV_BIND
+}
