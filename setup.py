@@ -51,7 +51,7 @@ def wants_cuda() -> bool:
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"longvita: LONGVITA_CUDA is {wanted!r}; expected auto, 0 or 1")
     if wanted == "1" and nvcc() is None:
-        raise SystemExit("longvita: LONGVITA_CUDA=1, but nvcc was not found. Put CUDA's bin folder on the PATH, or set CUDACXX or CUDA_HOME")
+        raise SystemExit("longvita: LONGVITA_CUDA=1, but nvcc was not found. Put CUDA's bin folder on the PATH, or set CUDACXX, CUDA_HOME")
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
     return wanted == "1" or (wanted == "auto" and has_gpu and nvcc() is not None)
 
@@ -77,7 +77,8 @@ class CMakeBuild(build_ext):
         with open(build / "lock", "w") as lock:      # two builds in one directory would spoil each other
             fcntl.flock(lock, fcntl.LOCK_EX)
             run(tool("cmake"), "-G", "Ninja", "-S", str(source), "-B", str(build), *settings, f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-                f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *os.environ.get("CMAKE_ARGS", "").split())
+                f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                *os.environ.get("CMAKE_ARGS", "").split())
             run(tool("cmake"), "--build", str(build), "--target", name)
             replace(build / Path(self.get_ext_filename(ext.name)).name, Path(self.get_ext_fullpath(ext.name)))
 

@@ -62,7 +62,7 @@ def emulated() -> bool:
 
 
 def call(name: str, device: torch.device, *arguments: object) -> object:
-    """The extension's function `name` with these arguments and, last, the stream that torch is at on `device`, which is current meanwhile."""
+    """The extension's function `name` with these arguments and, last, torch's stream on `device`; that device is current meanwhile."""
     import torch
 
     function = getattr(load(), name)

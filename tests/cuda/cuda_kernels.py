@@ -49,7 +49,7 @@ def _logits(hidden, weight, rows):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("width", "vocab"), [(8, 1), (64, 16), (264, 517), (1037, 40)], ids=str)
 def test_logits_of_one_to_eight_rows(width, vocab, dtype):
-    """Widths that end inside a piece of 16 bytes, a step and a group of steps; vocabularies that end inside a tile and need a second turn."""
+    """Widths that end inside 16 bytes, a step and a group of steps; vocabularies that end inside a tile and need a second turn."""
     hidden, weight = (torch.randn(n, width).to(dtype) for n in (11, vocab))
     rows = torch.tensor([3, 0, 10, 3, 7, 5, 1, 9])
     one_by_one = torch.cat([masked_lm_head(hidden, weight, rows[i : i + 1]) for i in range(8)])
