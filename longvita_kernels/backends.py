@@ -59,13 +59,12 @@ def _missing(name):
     """Why a backend cannot be used on this machine at all, or None."""
     if name == "native":
         return None if native.load() is not None else native.why_missing()
-    if name == "cuda":
-        return _cuda().why_missing()
-    if name not in ("triton", "flash_attn"):
+    if name not in ("cuda", "triton", "flash_attn"):
         return None
-    if _not_installed(name) is not None:
-        return _not_installed(name)
-    if torch.cuda.is_available() or (name == "triton" and _interpreted()):
+    missing = _cuda().why_missing() if name == "cuda" else _not_installed(name)
+    if missing is not None:
+        return missing
+    if torch.cuda.is_available() or _on_cpu(name):
         return None
     return "there is no CUDA device" + (" (TRITON_INTERPRET=1 runs its kernels on CPU tensors, slowly)" if name == "triton" else "")
 

@@ -12,16 +12,14 @@ LV_BIND_LIST
 
 namespace {
 
-// Why no kernel can run in this process, or "". Makes no context: a fork after it is harmless.
+// Why no kernel can run on this machine, as far as its driver goes, or "". Does not start the driver: a process may fork after it.
 std::string cannot_run() {
-  int driver = 0, count = 0;
+  int driver = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver on this machine";
-  const cudaError_t code = cudaGetDeviceCount(&count);
-  cudaGetLastError();
-  if (code == cudaSuccess && count > 0) return "";
-  const std::string versions = "driver for CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
-                               ", built with CUDA " + std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
-  return code == cudaSuccess ? "there is no CUDA device" : std::string(cudaGetErrorString(code)) + " (" + versions + ")";
+  if (driver / 1000 >= CUDART_VERSION / 1000) return "";
+  const auto version = [](int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); };
+  return "they were built with CUDA " + version(CUDART_VERSION) + ", but the driver is for CUDA " + version(driver) +
+         "; update it, or build with an older CUDA";
 }
 
 }  // namespace

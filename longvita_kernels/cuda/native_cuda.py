@@ -1,6 +1,7 @@
 """The compiled CUDA kernels: loading them, saying why when that fails, and calling them on a tensor's device and torch's stream there.
 
-`load()` returns the extension module `_native_cuda` or None; `why_missing()` then says why. Loading makes no CUDA context.
+`load()` returns the extension module `_native_cuda` or None; `why_missing()` then says why. Loading does not start the driver. Where CUDA
+kernels run on the CPU (`emulated()`), a device of type "cpu" stands for a GPU.
 
 LONGVITA_CUDA_EMULATED=FILE loads that library instead: the same code compiled for the CPU, which takes CPU tensors (tests/cuda/ builds it).
 """
@@ -11,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -61,12 +63,21 @@ def emulated() -> bool:
     return bool(os.environ.get("LONGVITA_CUDA_EMULATED")) and load() is not None and load().emulated
 
 
-def call(name: str, device: torch.device, *arguments: object) -> object:
-    """The extension's function `name` with these arguments and, last, torch's stream on `device`; that device is current meanwhile."""
+def current(device: torch.device) -> AbstractContextManager:
+    """A block in which `device` is the current one."""
     import torch
 
-    function = getattr(load(), name)
-    if device.type == "cpu":  # emulated
-        return function(*arguments, 0)
-    with torch.cuda.device(device):
-        return function(*arguments, torch.cuda.current_stream(device).cuda_stream)
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def stream(device: torch.device) -> int:
+    """torch's stream on `device`, as the extension takes it."""
+    import torch
+
+    return 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+
+
+def call(name: str, device: torch.device, *arguments: object) -> object:
+    """The extension's function `name` with these arguments and, last, torch's stream on `device`; that device is current meanwhile."""
+    with current(device):
+        return getattr(load(), name)(*arguments, stream(device))

@@ -30,6 +30,13 @@ def test_kernels_are_right():
     assert " passed" in done.stdout
 
 
+@pytest.mark.dist
+def test_the_ring_over_peer_copies(tmp_path):
+    """Real processes, and copies that read the memory of another: messages, offsets, answers, events used again."""
+    done = _python("-m", "tests.cuda.peers", str(tmp_path), "3", "cpu", LONGVITA_CUDA_EMULATED=str(emulated.build()))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture
 def missing(monkeypatch):
     """As where the extension was never built."""
