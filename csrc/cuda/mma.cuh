@@ -4,7 +4,7 @@
 
 #include "launch.cuh"
 
-#ifdef LV_EMULATED
+#ifdef LV_ON_CPU
 #include "mma_emulated.h"      // of tests/cuda/
 #else
 namespace longvita::cuda {

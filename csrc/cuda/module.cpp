@@ -28,7 +28,7 @@ PYBIND11_MODULE(_native_cuda, m) {
   m.doc() = "CUDA kernels of longvita_kernels. Raw pointers: call through longvita_kernels.ops.";
   m.def("cannot_run", &cannot_run, "why no kernel can run here, or an empty text");
   m.attr("emulated") =
-#ifdef LV_EMULATED
+#ifdef LV_ON_CPU
       true;
 #else
       false;

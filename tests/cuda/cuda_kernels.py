@@ -2,12 +2,16 @@
 LONGVITA_CUDA_EMULATED=<library> python -m pytest tests/cuda/cuda_kernels.py
 """
 
+import itertools
+
 import pytest
 import torch
 
-from longvita_kernels import backends, masked_lm_head, merge_attention, testing
+from longvita_kernels import backends, masked_lm_head, merge_attention, testing, varlen_attention
 from longvita_kernels.cuda import native_cuda
-from longvita_kernels.spec import all_specs
+from longvita_kernels.cuda import varlen_attention as attention
+from longvita_kernels.ops.varlen_attention import SPEC
+from longvita_kernels.spec import SampleInput, all_specs
 
 assert native_cuda.emulated(), f"set LONGVITA_CUDA_EMULATED before pytest starts ({native_cuda.why_missing()})"
 
@@ -143,6 +147,90 @@ def test_merging_parts_that_saw_nothing_and_distant_ones():
     merged, lse = merge_attention(out, lse_a, -out, lse_b)
     assert merged[:, 0, 0].tolist() == [0.0, -1.0, 2.0, 3.0]
     assert lse[1].tolist() == [-torch.inf, 1.0, 0.0, 200.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- varlen_attention
+# The kernels themselves are held to much more by the tests of their emulator: this is the way to them.
+
+
+def _offsets(*lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def _attention_sample(label, lengths_q, lengths_k=None, *, heads=(2, 1), dim=64, dtype=torch.bfloat16, strided=False, **options):
+    sizes = [(sum(lengths_q), heads[0]), *[(sum(lengths_k or lengths_q), heads[1])] * 2]
+    if strided:
+        q, k, v = torch.randn(sizes[0][0], heads[0] + 2 * heads[1], dim).to(dtype).split([heads[0], heads[1], heads[1]], dim=1)
+    else:
+        q, k, v = (torch.randn(*size, dim).to(dtype) for size in sizes)
+    offsets = [_offsets(*lengths) for lengths in (lengths_q, lengths_k) if lengths]
+    return SampleInput(label, (q, k, v, *offsets), {"return_lse": True, **options}, ("q", "k", "v"))
+
+
+def test_attention_is_accurate():
+    for sample in (
+        _attention_sample("packed, empty and single documents", (17, 0, 1, 41, 5)),
+        _attention_sample("strided, D 128, fp16", (70, 30), dim=128, dtype=torch.float16, heads=(2, 2), strided=True),
+        _attention_sample("Tq differs from Tk, window", (3, 20, 7, 0), (11, 9, 0, 4), causal=False, window_size=(6, 3), softmax_scale=0.2),
+        _attention_sample("no tokens", (0,)),
+    ):
+        testing.check_sample(SPEC, sample)
+
+
+def test_attention_with_each_input_frozen_and_each_output_unused():
+    sample = _attention_sample("two documents", (9, 30))
+    for choice in ({"wrt": ()}, {"wrt": ("q",)}, {"wrt": ("k", "v")}, {"wrt": ("v",)}, {"used": ("out",)}, {"used": ("lse",)}):
+        testing.check_sample(SPEC, sample, **choice)
+
+
+def test_parts_in_float32_and_gradients_on_top_of_given_ones():
+    """What ring attention does: two parts of the keys, merged; gradients of each part from the whole out and lse."""
+    q, k, v = _attention_sample("", (40,), (60,)).args[:3]
+    documents, scale, grad = _offsets(40), 0.2, torch.randn(40, 2, 64).bfloat16()
+    parts = []
+    for piece in (slice(0, 25), slice(25, 60)):
+        cu = _offsets(piece.stop - piece.start)
+        wide = torch.empty(40, 2, 64)
+        parts.append((piece, cu, *attention.forward(q, k[piece], v[piece], documents, cu, scale, -1, -1, 0.0, out=wide)))
+    out, lse = merge_attention(*(x for _, _, part, part_lse, _ in parts for x in (part, part_lse)))
+    leaves = [x.float().requires_grad_() for x in (q, k, v)]
+    with backends.use("reference"):
+        options = {"causal": False, "softmax_scale": scale, "return_lse": True}
+        want, want_lse = varlen_attention(*leaves, documents, _offsets(60), **options)
+        want_grads = torch.autograd.grad(want, leaves, grad.float())
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
+    dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
+    for piece, cu, *_ in parts:
+        attention.backward(
+            grad, None, q, k[piece], v[piece], out.bfloat16(), lse, torch.zeros_like(lse), documents, cu, scale, -1, -1, 0.0,
+            dq, dk[piece], dv[piece], add=True,
+        )  # fmt: skip
+    for got, expected in zip((dq, dk, dv), want_grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dim": 80}, "the head dimension must be 64 or 128"),
+        ({"dtype": torch.float32}, "q, k and v must be bfloat16 or float16"),
+        ({"softcap": 2.0}, "there is no softcap"),
+    ],
+    ids=str,
+)
+def test_attention_that_the_kernels_do_not_take_says_why(options, words):
+    sample = _attention_sample("", (5,), **options)
+    with pytest.raises(RuntimeError, match=f"'cuda' was requested but cannot run varlen_attention: {words}"):
+        varlen_attention(*sample.args, **sample.kwargs)
+    with pytest.raises(RuntimeError, match=words):
+        backends.explain("varlen_attention", *sample.args, **sample.kwargs)
+
+
+def test_a_view_that_the_copy_engine_cannot_follow_is_named():
+    q, k, v = (torch.zeros(5, 1, 65).bfloat16()[..., 1:] for _ in "qkv")
+    with pytest.raises(RuntimeError, match="q does not begin at a multiple of 16 bytes|q's tokens are not multiples of 16 bytes apart"):
+        varlen_attention(q, k, v, _offsets(5))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- bindings

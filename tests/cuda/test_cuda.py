@@ -10,7 +10,7 @@ import torch
 
 from longvita_kernels import backends
 from longvita_kernels.cuda import native_cuda
-from tests.cuda import emulated
+from tests.cuda import on_cpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +24,7 @@ def _python(*arguments, **environment):
 def test_kernels_are_right():
     done = _python(
         "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__).with_name("cuda_kernels.py")),
-        LONGVITA_CUDA_EMULATED=str(emulated.build()),
+        LONGVITA_CUDA_EMULATED=str(on_cpu.build()),
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
     assert " passed" in done.stdout
@@ -33,7 +33,7 @@ def test_kernels_are_right():
 @pytest.mark.dist
 def test_the_ring_over_peer_copies(tmp_path):
     """Real processes, and copies that read the memory of another: messages, offsets, answers, events used again."""
-    done = _python("-m", "tests.cuda.peers", str(tmp_path), "3", "cpu", LONGVITA_CUDA_EMULATED=str(emulated.build()))
+    done = _python("-m", "tests.cuda.peers", str(tmp_path), "3", "cpu", LONGVITA_CUDA_EMULATED=str(on_cpu.build()))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,4 +1,5 @@
-"""_native_cuda for the CPU: csrc/cuda/ compiled by g++ against tests/cuda/shim/, which runs a block's threads in turn.
+"""_native_cuda for the CPU: csrc/cuda/ compiled by g++ against tests/cuda/shim/, which runs a block's threads in turn, and the kernels of
+attention on the emulator of their own (csrc/cuda/emulate/).
 
 `build()` → the library's path, for LONGVITA_CUDA_EMULATED. It is kept in build/ under a name that follows from the sources.
 """
@@ -16,8 +17,8 @@ import pybind11
 ROOT = Path(__file__).parents[2]
 SHIM, CSRC = Path(__file__).parent / "shim", ROOT / "csrc"
 KERNELS, HOST = ("merge_attention.cu", "lm_head.cu"), ("peer_copy.cpp",)
-BINDINGS = ("merge_attention", "lm_head", "peer_copy")
-_FLAGS = ["-std=gnu++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-DLV_EMULATED"]
+BINDINGS = ("attention", "merge_attention", "lm_head", "peer_copy")
+_FLAGS = ["-std=gnu++17", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-DLV_ON_CPU", "-DLV_EMULATE"]
 
 
 def compiler():
@@ -45,9 +46,9 @@ def _compile(folder, library):
     folders = [SHIM, CSRC / "include", CSRC / "cuda", pybind11.get_include(), sysconfig.get_path("include")]
     common = [compiler(), *_FLAGS, f"-DLV_BIND_LIST={binds}", *(f"-I{path}" for path in folders)]
     objects = []
-    for source in (*(CSRC / "cuda" / name for name in (*KERNELS, *HOST)), bindings):
+    for source in (*(CSRC / "cuda" / name for name in (*KERNELS, *HOST)), SHIM / "attention.cpp", bindings):
         objects.append(str(folder / f"{source.name}.o"))
-        extra = ["-iquote", str(CSRC / "cuda"), "-O0"] if source == bindings else []
+        extra = ["-iquote", str(CSRC / "cuda"), "-O0" if source == bindings else "-O1"]
         _run([*common, *extra, "-x", "c++", "-c", str(source), "-o", objects[-1]])
     partial = f"{library}.part"
     _run([compiler(), "-shared", *objects, "-o", partial])
