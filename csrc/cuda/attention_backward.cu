@@ -1,3 +1,5 @@
+// architectures: sm_90a
+// wgmma: keys_kernel queries_kernel
 // Launches the backward kernels of packed attention (attention_backward.cuh).
 #include "attention_backward.cuh"
 

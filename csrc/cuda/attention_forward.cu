@@ -1,3 +1,5 @@
+// architectures: sm_90a
+// wgmma: forward_kernel
 // Launches the forward kernel of packed attention (attention_forward.cuh).
 #include "attention_forward.cuh"
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -73,7 +74,14 @@ class Machine:
 
     def __init__(self, library, multiprocessors=2, seed=0):
         self.library, self.multiprocessors, self.seed = ctypes.CDLL(str(library)), multiprocessors, seed
+        self.scratch = None  # of the last call, for tests that look into it
         self.library.lv_message.restype, self.library.lv_scratch.restype = ctypes.c_char_p, ctypes.c_int64
+
+    @staticmethod
+    @functools.cache
+    def shared():
+        """The machine that most tests use."""
+        return Machine(compile_library())
 
     def start(self, readable=(), writable=()):
         """Forgets what kernels may touch, and allows them the memory of these tensors (of all that lies between their first and last
@@ -103,7 +111,7 @@ class Machine:
         out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
         lse, rest = (torch.empty(q.shape[1], q.shape[0]) for _ in range(2))
         described = problem(q, k, v, cu_q, cu_k, scale, left, right, result=out.dtype)
-        scratch = torch.empty(self.library.lv_scratch(ctypes.byref(described), 0), dtype=torch.uint8)
+        self.scratch = scratch = torch.empty(self.library.lv_scratch(ctypes.byref(described), 0), dtype=torch.uint8)
         self.start((q, k, v, cu_q, cu_k), (out, lse, rest, scratch))
         code = self.library.lv_forward(
             ctypes.byref(described), ctypes.byref(_tensor(out)), *_pointers(lse, rest, scratch), ctypes.c_int64(scratch.numel())
@@ -139,3 +147,19 @@ def problem(q, k, v, cu_q, cu_k, scale, left, right, *, softcap=0.0, result=None
         native.dtype_code(q.dtype), native.dtype_code(result or q.dtype), _tensor(q), _tensor(k), _tensor(v),
         cu_q.data_ptr(), cu_k.data_ptr(), len(cu_q) - 1, scale, softcap, left, right,
     )  # fmt: skip
+
+
+class SelfTest(ctypes.Structure):
+    """Arguments of a kernel of csrc/cuda/emulate/selftest.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("a", "b", "d", "n", "steps", "dtype", "a_in_registers", "across")]
+
+
+def selftest(machine, name, a, b, *, a_in_registers=False, across=False):
+    """Accumulators (128 threads, n / 2) of a self-test: A (64, 16 · steps), B (n, 16 · steps), or (16 · steps, n) with `across`."""
+    n, steps = b.shape[across], a.shape[1] // 16
+    d = torch.full((128, n // 2), float("nan"))
+    machine.start((a, b), (d,))
+    arguments = SelfTest(a.data_ptr(), b.data_ptr(), d.data_ptr(), n, steps, native.dtype_code(a.dtype), a_in_registers, across)
+    machine.check(machine.library.lv_selftest(name.encode(), ctypes.byref(arguments)))
+    return d
