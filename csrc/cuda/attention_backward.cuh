@@ -141,37 +141,6 @@ template <bool KEYS, int D, class Shared> LV_DEVICE void backward_load(const Bac
   }
 }
 
-// Where a row's columns low ≤ j < high are not those, scores become −∞. `from`: first column of the block.
-template <int N> LV_DEVICE void mask_block(float (&scores)[N / 2], int from, const Span (&span)[2]) {
-  const int column = from + lane() % 4 * 2;
-  LV_UNROLL
-  for (int i = 0; i < N / 2; ++i) {
-    const int j = column + i / 4 * 8 + i % 2;
-    if (j < span[i / 2 % 2].low || j >= span[i / 2 % 2].high) scores[i] = -infinity();
-  }
-}
-
-// What a warpgroup's thread knows of its rows of a tile.
-struct Rows {
-  int row;                      // the first of the thread's two, counted in the document
-  Span span[2];                 // columns that each sees
-  int full_low, full_high;      // columns that all 64 rows of the warpgroup see
-
-  LV_DEVICE Rows(const Tile& tile, const Documents& d, int half) {
-    const int shift = tile.columns - tile.rows, top = tile.first + half * 64;
-    row = top + thread() / 32 % 4 * 16 + lane() / 4;
-    LV_UNROLL
-    for (int h = 0; h < 2; ++h) span[h] = seen_by(row + 8 * h, shift, d.left, d.right, tile.columns);
-    full_low = seen_by(top + 63, shift, d.left, d.right, tile.columns).low;
-    full_high = seen_by(top, shift, d.left, d.right, tile.columns).high;
-  }
-};
-
-template <class T, int N> LV_DEVICE void pack_all(const float (&x)[N], uint32_t (&packed)[N / 2]) {
-  LV_UNROLL
-  for (int i = 0; i < N / 2; ++i) packed[i] = pack<T>(x[2 * i], x[2 * i + 1]);
-}
-
 // ------------------------------------------------------------------------------------------------------------------------- dk and dv
 
 template <class T, int D> LV_DEVICE void keys_multiply(const BackwardParameters& p, KeysShared<D>& s, int half) {
@@ -179,9 +148,11 @@ template <class T, int D> LV_DEVICE void keys_multiply(const BackwardParameters&
   Ring<KeysShared<D>::STAGES> ring;
   uint32_t mine_parity = 0;
   for (int turn = 0;; ++turn) {
-    const Tile tile = next_tile(s.queue, turn);
+    const Tile* at = next_tile(s.queue, turn);
+    const Tile tile = shared_load(at);
     if (tile.head < 0) return;
-    const Rows rows(tile, p.documents, half);
+    const Span all = seen_by_all(tile, p.documents, half);
+    const int begin = tile.begin * N, end = begin + tile.count * N;
     float dk[D / 2], dv[D / 2], weights[N / 2], slopes[N / 2];
     uint32_t packed_weights[N / 4], packed_slopes[N / 4];
     LV_UNROLL
@@ -189,43 +160,44 @@ template <class T, int D> LV_DEVICE void keys_multiply(const BackwardParameters&
     if (tile.count > 0) {
       barrier_wait(s.mine_full, mine_parity);
       mine_parity ^= 1;
-      int before = -1;          // the stage that the products of the block before may still read
-      for (int member = 0; member < p.group; ++member) {
-        for (int i = 0; i < tile.count; ++i) {
-          const int from = (tile.begin + i) * N, stage = ring.stage, column = lane() % 4 * 2;
-          barrier_wait(s.full[stage], ring.parity);
-          multiply_rows<T, N>(weights, s.mine[0], half * 64, s.theirs[stage][0]);
-          multiply_rows<T, N>(slopes, s.mine[1], half * 64, s.theirs[stage][1]);
-          multiply_wait<1>();   // all but g·v
-          if (before >= 0 && lane() == 0) barrier_arrive(s.empty[before]);
-          before = stage;
-          if (from < rows.full_low || from + N > rows.full_high) mask_block<N>(weights, from, rows.span);
+      int from = begin;
+      for (int step = tile.count * p.group; step > 0; --step) {
+        const int stage = ring.stage, column = lane() % 4 * 2;
+        barrier_wait(s.full[stage], ring.parity);
+        multiply_rows<T, N>(weights, s.mine[0], half * 64, s.theirs[stage][0]);
+        multiply_rows<T, N>(slopes, s.mine[1], half * 64, s.theirs[stage][1]);
+        multiply_wait<1>();     // all but g·v
+        if (from < all.low || from + N > all.high) mask_scores<N>(weights, from, shared_load(at), p.documents, half);
+        LV_UNROLL
+        for (int j = 0; j < N / 8; ++j) {
+          const Float2 lse2 = shared_load(reinterpret_cast<const Float2*>(&s.lse2[stage][8 * j + column]));
           LV_UNROLL
-          for (int j = 0; j < N / 8; ++j) {
-            const Float2 lse2 = shared_load(reinterpret_cast<const Float2*>(&s.lse2[stage][8 * j + column]));
-            LV_UNROLL
-            for (int e = 0; e < 4; ++e) weights[4 * j + e] = exp2(fused(weights[4 * j + e], p.scale2, -(e % 2 ? lse2.y : lse2.x)));
-          }
-          pack_all<T>(weights, packed_weights);
-          multiply_add<T>(dv, packed_weights, s.theirs[stage][1]);
-          multiply_wait<1>();   // g·v
-          LV_UNROLL
-          for (int j = 0; j < N / 8; ++j) {
-            const Float2 delta = shared_load(reinterpret_cast<const Float2*>(&s.delta[stage][8 * j + column]));
-            LV_UNROLL
-            for (int e = 0; e < 4; ++e) slopes[4 * j + e] = weights[4 * j + e] * (slopes[4 * j + e] - (e % 2 ? delta.y : delta.x));
-          }
-          pack_all<T>(slopes, packed_slopes);
-          multiply_add<T>(dk, packed_slopes, s.theirs[stage][0]);
-          ring.advance();
+          for (int e = 0; e < 4; ++e) weights[4 * j + e] = exp2(fused(weights[4 * j + e], p.scale2, -(e % 2 ? lse2.y : lse2.x)));
         }
+        pack_all<T>(weights, packed_weights);
+        multiply_wait<0>();
+        LV_UNROLL
+        for (int j = 0; j < N / 8; ++j) {
+          const Float2 delta = shared_load(reinterpret_cast<const Float2*>(&s.delta[stage][8 * j + column]));
+          LV_UNROLL
+          for (int e = 0; e < 4; ++e) slopes[4 * j + e] = weights[4 * j + e] * (slopes[4 * j + e] - (e % 2 ? delta.y : delta.x));
+        }
+        pack_all<T>(slopes, packed_slopes);
+        // Both at once, and waited for: their 128 accumulators and these 32 operands leave no registers for products of the next block
+        // beside them. Meanwhile the other warpgroup's products have the tensor cores.
+        multiply_add<T>(dv, packed_weights, s.theirs[stage][1]);
+        multiply_add<T>(dk, packed_slopes, s.theirs[stage][0]);
+        multiply_wait<0>();
+        if (lane() == 0) barrier_arrive(s.empty[stage]);
+        ring.advance();
+        from = from + N < end ? from + N : begin;       // the next head of the group
       }
-      multiply_wait<0>();
-      if (lane() == 0) barrier_arrive(s.empty[before]), barrier_arrive(s.mine_empty);
+      if (lane() == 0) barrier_arrive(s.mine_empty);
     }
     const float scale[2] = {p.scale, p.scale}, one[2] = {1.0f, 1.0f};
-    if (p.target[0].data) store_rows<T, D>(p.target[0], dk, scale, tile.start_rows, tile.head, rows.row, tile.rows, p.add);
-    if (p.target[1].data) store_rows<T, D>(p.target[1], dv, one, tile.start_rows, tile.head, rows.row, tile.rows, p.add);
+    store_tile<T, D>(p.target[0], dk, scale, shared_load(at), half, p.add);
+    store_tile<T, D>(p.target[1], dv, one, shared_load(at), half, p.add);
+    done_with_tile(s.queue, turn);
   }
 }
 
@@ -236,9 +208,10 @@ template <class T, int D> LV_DEVICE void queries_multiply(const BackwardParamete
   Ring<QueriesShared<D>::STAGES> ring;
   uint32_t mine_parity = 0;
   for (int turn = 0;; ++turn) {
-    const Tile tile = next_tile(s.queue, turn);
+    const Tile* at = next_tile(s.queue, turn);
+    const Tile tile = shared_load(at);
     if (tile.head < 0) return;
-    const Rows rows(tile, p.documents, half);
+    const Span all = seen_by_all(tile, p.documents, half);
     float dq[D / 2], weights[N / 2], slopes[N / 2], lse2[2], delta[2];
     uint32_t packed[N / 4];
     LV_UNROLL
@@ -247,22 +220,19 @@ template <class T, int D> LV_DEVICE void queries_multiply(const BackwardParamete
       const int64_t stats = tile.head * p.padded + (int64_t(tile.start_rows / kStatsRows) + tile.document) * kStatsRows;
       LV_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const bool inside = rows.row + 8 * h < tile.rows;
-        lse2[h] = inside ? global_load(p.lse2 + stats + rows.row + 8 * h) : infinity();
-        delta[h] = inside ? global_load(p.delta + stats + rows.row + 8 * h) : 0.0f;
+        const int row = row_of_thread(tile, half) + 8 * h;
+        lse2[h] = row < tile.rows ? global_load(p.lse2 + stats + row) : infinity();
+        delta[h] = row < tile.rows ? global_load(p.delta + stats + row) : 0.0f;
       }
       barrier_wait(s.mine_full, mine_parity);
       mine_parity ^= 1;
-      int before = -1;          // the stage that the product of the block before may still read
       for (int i = 0; i < tile.count; ++i) {
         const int from = (tile.begin + i) * N, stage = ring.stage;
         barrier_wait(s.full[stage], ring.parity);
         multiply_rows<T, N>(weights, s.mine[0], half * 64, s.theirs[stage][0]);
         multiply_rows<T, N>(slopes, s.mine[1], half * 64, s.theirs[stage][1]);
         multiply_wait<1>();     // all but g·v
-        if (before >= 0 && lane() == 0) barrier_arrive(s.empty[before]);
-        before = stage;
-        if (from < rows.full_low || from + N > rows.full_high) mask_block<N>(weights, from, rows.span);
+        if (from < all.low || from + N > all.high) mask_scores<N>(weights, from, shared_load(at), p.documents, half);
         LV_UNROLL
         for (int e = 0; e < N / 2; ++e) weights[e] = exp2(fused(weights[e], p.scale2, -lse2[e / 2 % 2]));
         multiply_wait<0>();
@@ -270,13 +240,15 @@ template <class T, int D> LV_DEVICE void queries_multiply(const BackwardParamete
         for (int e = 0; e < N / 2; ++e) slopes[e] = weights[e] * (slopes[e] - delta[e / 2 % 2]);
         pack_all<T>(slopes, packed);
         multiply_add<T>(dq, packed, s.theirs[stage][0]);
+        multiply_wait<0>();     // as in keys_multiply
+        if (lane() == 0) barrier_arrive(s.empty[stage]);
         ring.advance();
       }
-      multiply_wait<0>();
-      if (lane() == 0) barrier_arrive(s.empty[before]), barrier_arrive(s.mine_empty);
+      if (lane() == 0) barrier_arrive(s.mine_empty);
     }
     const float scale[2] = {p.scale, p.scale};
-    store_rows<T, D>(p.target[0], dq, scale, tile.start_rows, tile.head, rows.row, tile.rows, p.add);
+    store_tile<T, D>(p.target[0], dq, scale, shared_load(at), half, p.add);
+    done_with_tile(s.queue, turn);
   }
 }
 
@@ -284,10 +256,10 @@ template <class T, int D> LV_KERNEL(kThreads) keys_kernel(LV_PARAMETERS(Backward
   KeysShared<D>& s = shared<KeysShared<D>>();
   backward_init(s);
   if (thread() < 128) {
-    registers_give<24>();
+    registers_give<40>();
     if (thread() < 32) backward_load<true, D>(p, s);
   } else {
-    registers_take<240>();
+    registers_take<232>();
     keys_multiply<T, D>(p, s, thread() / 128 - 1);
   }
 }
@@ -296,10 +268,10 @@ template <class T, int D> LV_KERNEL(kThreads) queries_kernel(LV_PARAMETERS(Backw
   QueriesShared<D>& s = shared<QueriesShared<D>>();
   backward_init(s);
   if (thread() < 128) {
-    registers_give<24>();
+    registers_give<40>();
     if (thread() < 32) backward_load<false, D>(p, s);
   } else {
-    registers_take<240>();
+    registers_take<232>();
     queries_multiply<T, D>(p, s, thread() / 128 - 1);
   }
 }

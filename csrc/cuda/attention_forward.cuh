@@ -120,28 +120,8 @@ struct Softmax {
   }
 };
 
-// Scores of keys that a row does not see become −∞. `from`: first key of the block.
-LV_DEVICE void mask_scores(float (&scores)[kKeys / 2], int from, const Span (&span)[2]) {
-  const int column = from + lane() % 4 * 2;
-  LV_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const int low = span[h].low - column, high = span[h].high - column;
-    LV_UNROLL
-    for (int j = 0; j < kKeys / 8; ++j) {
-      LV_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        if (8 * j + e < low || 8 * j + e >= high) scores[4 * j + 2 * h + e] = -infinity();
-      }
-    }
-  }
-}
-
-template <class T> LV_DEVICE void pack_weights(const float (&weights)[kKeys / 2], uint32_t (&packed)[kKeys / 4]) {
-  LV_UNROLL
-  for (int i = 0; i < kKeys / 4; ++i) packed[i] = pack<T>(weights[2 * i], weights[2 * i + 1]);
-}
-
-template <class T, int D> LV_DEVICE void forward_store(const ForwardParameters& p, const Tile& tile, int row, Softmax& softmax, float (&out)[D / 2]) {
+template <class T, int D> LV_DEVICE void forward_store(const ForwardParameters& p, const Tile& tile, int half, Softmax& softmax, float (&out)[D / 2]) {
+  const int row = row_of_thread(tile, half);
   float factor[2];
   LV_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -160,26 +140,19 @@ template <class T, int D> LV_DEVICE void forward_store(const ForwardParameters& 
       global_store(p.lse_rest + at, blind ? 0.0f : rest);
     }
   }
-  store_rows<T, D>(p.out, out, factor, tile.start_rows, tile.head, row, tile.rows, false);
+  store_tile<T, D>(p.out, out, factor, tile, half, false);
 }
 
 template <class T, int D> LV_DEVICE void forward_multiply(const ForwardParameters& p, ForwardShared<D>& s, int half) {
   constexpr int kBoth = 256;
   Ring<kStages> k_ring, v_ring;
   uint32_t q_parity = 0;
-  const int first_row = half * 64 + thread() / 32 % 4 * 16 + lane() / 4;
   if (half == 1) named_arrive(kTurn, kBoth);    // the first half begins
   for (int turn = 0;; ++turn) {
-    const Tile tile = next_tile(s.queue, turn);
+    const Tile* at = next_tile(s.queue, turn);
+    const Tile tile = shared_load(at);
     if (tile.head < 0) return;
-    const int row = tile.first + first_row, shift = tile.columns - tile.rows;
-    Span span[2];
-    LV_UNROLL
-    for (int h = 0; h < 2; ++h) span[h] = seen_by(row + 8 * h, shift, p.documents.left, p.documents.right, tile.columns);
-    // keys from `full_low` to `full_high` are seen by all of this warpgroup's rows
-    const int top = tile.first + half * 64, full_low = seen_by(top + 63, shift, p.documents.left, p.documents.right, tile.columns).low;
-    const int full_high = seen_by(top, shift, p.documents.left, p.documents.right, tile.columns).high;
-
+    const Span all = seen_by_all(tile, p.documents, half);
     float out[D / 2], scores[kKeys / 2];
     uint32_t weights[kKeys / 4];
     Softmax softmax;
@@ -195,9 +168,9 @@ template <class T, int D> LV_DEVICE void forward_multiply(const ForwardParameter
       multiply_wait<0>();
       if (lane() == 0) barrier_arrive(s.k_empty[k_ring.stage]);
       k_ring.advance();
-      if (from < full_low || from + kKeys > full_high) mask_scores(scores, from, span);
+      if (from < all.low || from + kKeys > all.high) mask_scores<kKeys>(scores, from, shared_load(at), p.documents, half);
       softmax.block(scores, p.scale2);
-      pack_weights<T>(scores, weights);
+      pack_all<T>(scores, weights);
       for (int i = 1; i < tile.count; ++i) {
         from -= kKeys;
         barrier_wait(s.k_full[k_ring.stage], k_ring.parity);
@@ -209,12 +182,12 @@ template <class T, int D> LV_DEVICE void forward_multiply(const ForwardParameter
         multiply_wait<1>();
         if (lane() == 0) barrier_arrive(s.k_empty[k_ring.stage]);
         k_ring.advance();
-        if (from < full_low || from + kKeys > full_high) mask_scores(scores, from, span);
+        if (from < all.low || from + kKeys > all.high) mask_scores<kKeys>(scores, from, shared_load(at), p.documents, half);
         const bool grew = softmax.block(scores, p.scale2);
         multiply_wait<0>();
         if (lane() == 0) barrier_arrive(s.v_empty[v_ring.stage]);
         v_ring.advance();
-        pack_weights<T>(scores, weights);
+        pack_all<T>(scores, weights);
         if (grew) softmax.rescale(out);
       }
       if (lane() == 0) barrier_arrive(s.q_empty);
@@ -224,7 +197,8 @@ template <class T, int D> LV_DEVICE void forward_multiply(const ForwardParameter
       if (lane() == 0) barrier_arrive(s.v_empty[v_ring.stage]);
       v_ring.advance();
     }
-    forward_store<T, D>(p, tile, row, softmax, out);
+    forward_store<T, D>(p, shared_load(at), half, softmax, out);
+    done_with_tile(s.queue, turn);
   }
 }
 

@@ -155,12 +155,50 @@ LV_DEVICE Tile take_tile(TileQueue& q, int turn, const Documents& d, const Sched
   return tile;
 }
 
-LV_DEVICE Tile next_tile(TileQueue& q, int turn) {
+// The others read a tile where it lies, as often as they need it: what is not kept costs no register in their loops.
+LV_DEVICE const Tile* next_tile(TileQueue& q, int turn) {
   barrier_wait(q.full[turn & 1], turn >> 1 & 1);
-  const Tile tile = shared_load(&q.tile[turn & 1]);
+  return &q.tile[turn & 1];
+}
+LV_DEVICE void done_with_tile(TileQueue& q, int turn) {
   warp_sync();
   if (lane() == 0) barrier_arrive(q.empty[turn & 1]);
-  return tile;
+}
+
+// --------------------------------------------------------------------------------------------------------- rows of a thread, and masks
+
+// A warpgroup has rows 64 · half … of a tile, a thread the one of this number in the document and the one eight further.
+LV_DEVICE int row_of_thread(const Tile& t, int half) { return t.first + half * 64 + thread() / 32 % 4 * 16 + lane() / 4; }
+
+LV_DEVICE Span seen_by(const Tile& t, const Documents& d, int row) { return seen_by(row, t.columns - t.rows, d.left, d.right, t.columns); }
+
+// Columns that all 64 rows of a warpgroup see: blocks inside need no mask.
+LV_DEVICE Span seen_by_all(const Tile& t, const Documents& d, int half) {
+  const int top = t.first + half * 64;
+  return {seen_by(t, d, top + 63).low, seen_by(t, d, top).high};
+}
+
+// Scores of columns from … from + N − 1 that a row does not see become −∞.
+template <int N> LV_DEVICE void mask_scores(float (&scores)[N / 2], int from, const Tile& t, const Documents& d, int half) {
+  const int row = row_of_thread(t, half), column = from + lane() % 4 * 2;
+  LV_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const Span span = seen_by(t, d, row + 8 * h);
+    const int low = span.low - column, high = span.high - column;
+    LV_UNROLL
+    for (int j = 0; j < N / 8; ++j) {
+      LV_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        if (8 * j + e < low || 8 * j + e >= high) scores[4 * j + 2 * h + e] = -infinity();
+      }
+    }
+  }
+}
+
+// Accumulators rounded and packed: the A registers of the next product.
+template <class T, int N> LV_DEVICE void pack_all(const float (&x)[N], uint32_t (&packed)[N / 2]) {
+  LV_UNROLL
+  for (int i = 0; i < N / 2; ++i) packed[i] = pack<T>(x[2 * i], x[2 * i + 1]);
 }
 
 // -------------------------------------------------------------------------------------------------------------------- tiles in memory
@@ -250,10 +288,11 @@ LV_DEVICE void transpose_quad(uint32_t (&words)[4]) {
 
 struct alignas(8) Float2 { float x, y; };
 
-// Writes the accumulator of a warpgroup's warp, times `factor` by row: row number `row` + 8·h of `rows` for h = 0, 1 (rows beyond belong to
-// the next document). `token`: of row 0. `add`: on top of what stands there.
+// Writes a warpgroup's accumulator, times `factor` by row; rows beyond the document are not written. `add`: on top of what stands there.
 template <class T, int D>
-LV_DEVICE void store_rows(const Target& to, const float (&d)[D / 2], const float (&factor)[2], int token, int head, int row, int rows, bool add) {
+LV_DEVICE void store_tile(const Target& to, const float (&d)[D / 2], const float (&factor)[2], const Tile& tile, int half, bool add) {
+  if (!to.data) return;
+  const int row = row_of_thread(tile, half), rows = tile.rows, token = tile.start_rows, head = tile.head;
   const int column = lane() % 4 * 2;
   LV_UNROLL
   for (int h = 0; h < 2; ++h) {
