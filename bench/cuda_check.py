@@ -49,8 +49,8 @@ def specs():
 # ---------------------------------------------------------------------------------------------------------------------------- what came out
 
 
-def innermost_loops(sass):
-    """Texts of the loops (label … backward branch to it) that contain no other loop, from a disassembly."""
+def loops(sass):
+    """(first line, last line) of each loop, label to backward branch, and all lines of a disassembly."""
     lines = sass.splitlines()
     labels = {match[1]: at for at, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
     spans = []
@@ -58,6 +58,17 @@ def innermost_loops(sass):
         match = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
         if match and labels.get(match[1], at) < at:
             spans.append((labels[match[1]], at))
+    return spans, lines
+
+
+def main_loops(sass, matrix):
+    """Texts of the smallest loops that multiply matrices; where none does, of the innermost loops, unless it should (`matrix`).
+
+    A loop that multiplies may well contain one that only waits for memory.
+    """
+    spans, lines = loops(sass)
+    multiplying = [(a, b) for a, b in spans if _MATRIX.search("\n".join(lines[a : b + 1]))]
+    spans = multiplying or ([] if matrix else spans)
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     return ["\n".join(lines[start : end + 1]) for start, end in inner]
 
@@ -68,8 +79,7 @@ def figures(sass, resources, shared, matrix):
     sass, resources  what nvdisasm and cuobjdump --dump-resource-usage print; matrix: whether it multiplies bf16 or fp16 matrices
     """
     registers, stack = (int(re.search(rf"{word}:(\d+)", resources)[1]) for word in ("REG", "STACK"))
-    loops = innermost_loops(sass)
-    main = [loop for loop in loops if _MATRIX.search(loop)] or ([] if matrix else loops)
+    main = main_loops(sass, matrix)
     return {
         "registers": registers, "stack": stack, "shared": shared, "spills": len(_SPILL.findall(sass)),
         "loop_spills": sum(len(_SPILL.findall(loop)) for loop in main),

@@ -27,6 +27,12 @@ GOOD = {
 }  # fmt: skip
 
 
+def test_a_loop_that_waits_inside_the_main_loop_hides_nothing():
+    waits = ".L_x_7:\n SYNCS.PHASECHK P0 ;\n @!P0 BRA `(.L_x_7) ;\n LDL R2, [R1]"
+    found = cuda_check.figures(_SASS.format(inner=waits), _RESOURCES, 1024, True)
+    assert (found["main_loops"], found["loop_spills"], found["multiplies_with"]) == (1, 1, ["HGMMA"])
+
+
 def test_only_the_innermost_loop_counts():
     assert cuda_check.figures(_SASS.format(inner="MOV R1, R2"), _RESOURCES, 1024, True) == GOOD
     spilled = cuda_check.figures(_SASS.format(inner="LDL R2, [R1]"), _RESOURCES, 1024, True)
