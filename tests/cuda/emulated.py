@@ -60,7 +60,8 @@ def _compile(library, replace):
             if text.count(old) != 1:
                 raise ValueError(f"{name} has {old!r} {text.count(old)} times; expected it once")
             (source / name).write_text(text.replace(old, new))
-    command = [os.environ.get("CXX", "g++"), *FLAGS, f"-I{ROOT / 'csrc/include'}", f"-I{source}", "-o", partial, source / "emulate/library.cpp"]
+    includes = [f"-I{ROOT / 'csrc/include'}", f"-I{source}"]
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *includes, "-o", partial, source / "emulate/library.cpp"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if replace:
         shutil.rmtree(source)

@@ -201,7 +201,8 @@ inline float element(DType dtype, const void* at) {
   return dtype == DType::bf16 ? widen<bf16_t>(bits) : widen<f16_t>(bits);
 }
 
-constexpr uint32_t kPoison = 0x7fc0dead;        // what accumulators hold while a wgmma is under way
+// What accumulators hold while a wgmma is under way: a signalling NaN, which any arithmetic with it changes into a quiet one.
+constexpr uint32_t kPoison = 0x7f80dead;
 
 inline int accumulator_row(int lane, int i) { return lane / 4 + 8 * (i / 2 % 2); }
 inline int accumulator_column(int lane, int i) { return 8 * (i / 4) + 2 * (lane % 4) + i % 2; }
