@@ -50,6 +50,9 @@ ring() { # compute alone of 8 ranks in turn; then real processes: NCCL where eac
     count=$("$PYTHON" -c 'import torch; print(max(2, torch.cuda.device_count()))')
     within "$PYTHON" -m bench ring --emulate 8 --tokens 131072 "${shape[@]}" --json "$OUT/ring-emulated-$GPU.json"
     within "$PYTHON" -m bench ring --processes "$count" --tokens 65536 "${shape[@]}" --json "$OUT/ring-$GPU.json"
+    if "$PYTHON" -c 'from longvita_kernels.cuda import native_cuda; import sys; sys.exit(native_cuda.load() is None)'; then
+        within "$PYTHON" -m bench ring --peer-copies --processes "$count" --tokens 65536 "${shape[@]}" --json "$OUT/ring-peer-copies-$GPU.json"
+    fi
 }
 
 run() {
