@@ -95,15 +95,18 @@ LV_DEVICE void barrier_arrive(Barrier& b) {
 LV_DEVICE void barrier_expect(Barrier& b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&b)), "r"(bytes) : "memory");
 }
+LV_DEVICE bool barrier_passed(uint32_t address, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done) : "r"(address), "r"(parity) : "memory");
+  return done != 0;
+}
 // Waits until the phase of this parity (0, 1, 0, … from the first) is complete. A fresh barrier counts as having completed parity 1.
 LV_DEVICE void barrier_wait(Barrier& b, uint32_t parity) {
   const uint32_t address = shared_address(&b);
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done) : "r"(address), "r"(parity) : "memory");
-  } while (!done);
+  if (__builtin_expect(barrier_passed(address, parity), true)) return;
+  while (!barrier_passed(address, parity)) {
+  }
 }
 
 LV_DEVICE void prefetch_map(const TensorMap& map) {
