@@ -133,7 +133,8 @@ def _native_lacks(op, backend="native"):
     if module is None:
         return f"the native library is missing: {library.why_missing()}"
     if not any(function.startswith(op) for function in dir(module)):
-        return f"the native library was built without {op}; build it again: python setup.py build_ext --inplace"
+        switch = "" if backend == "native" else "LONGVITA_CUDA=1 "
+        return f"the native library was built without {op}; build it again: {switch}python setup.py build_ext --inplace"
     return None
 
 

@@ -20,14 +20,13 @@ from tests.ring.support import on_one, shards, tensors, with_gradients
 CASES = {
     "one document": {"lengths": [613]},
     "documents, some empty": {"lengths": [0, 1, 187, 1, 0, 3, 251, 0, 7, 1]},
-    "not causal": {"lengths": [301], "causal": False},
     "all to all": {"lengths": [200, 3, 77], "mode": "all_to_all", "heads": (12, 6)},
 }
 
 
-def compare(group, device, lengths, heads=(4, 2), mode="ring", **options):
+def compare(group, device, lengths, heads=(4, 2), mode="ring"):
     """This rank's out, lse and gradients against those of one process, computed on the CPU."""
-    plan = plan_context_parallel([0, *itertools.accumulate(lengths)], group.size, **options)
+    plan = plan_context_parallel([0, *itertools.accumulate(lengths)], group.size)
     inputs = tensors(plan.total_tokens, heads, 32)
     mine = [x.to(device) for x in shards(plan, inputs, group.rank)]
 
@@ -36,7 +35,7 @@ def compare(group, device, lengths, heads=(4, 2), mode="ring", **options):
 
     for _ in range(2):  # events and opened memory are used again
         got = with_gradients(ring, mine[:3], mine[3:])
-    want = on_one(plan, inputs, causal=options.get("causal", True))
+    want = on_one(plan, inputs)
     want = [plan.shard(x, group.rank, dim=1 if i == 1 else 0) for i, x in enumerate(want)]
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
