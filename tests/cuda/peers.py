@@ -71,6 +71,7 @@ def work(folder, rank, count, device):
             compare(group, device, **case)
         except Exception as error:
             raise AssertionError(f"{name}, rank {rank} of {count}: {error}") from error
+    assert len(group._made) < 12 * count, "events are made anew instead of used again"
     disagree(group, device)
     dist.barrier()
     group.close()
