@@ -6,7 +6,7 @@
 //
 // Both kernels have one warp that loads and two warpgroups with 64 rows each of a tile of 128. A tile of keys goes through blocks of 64
 // queries of all heads of its group, everything transposed (rows are keys); a tile of queries through blocks of keys.
-//     P = exp2(scale2 · q·k − lse2)      dS = P · (g·v − delta)      dv += Pᵀ g      dk += dSᵀ q · scale      dq += dS k · scale
+//     P = exp2(scale2 · q·k − lse2)    dS = P · (g·v − delta)    dv += Pᵀ g    dk += dSᵀ q · scale    dq += dS k · scale
 #pragma once
 #include "attention_tiles.cuh"
 
@@ -27,7 +27,7 @@ struct RowsParameters {
 
 constexpr int kRowsThreads = 256;
 
-// lse in log 2 and delta = g·out − g_lse of every query; a row that sees nothing, and rows beyond a document, get lse2 = ∞: there P is 0.
+// lse in log 2 and delta = g·out − g_lse of every query; a row that sees nothing and rows beyond a document get lse2 = ∞: there P is 0.
 template <class T, int D> LV_KERNEL(kRowsThreads) rows_kernel(LV_PARAMETERS(RowsParameters) p) {
   constexpr int kLanes = D / 8, kAtOnce = kRowsThreads / kLanes;       // threads a row, 16 bytes each; rows
   const int slot = block() / p.heads, head = block() % p.heads, piece = thread() % kLanes;

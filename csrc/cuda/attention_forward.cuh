@@ -1,7 +1,7 @@
 // The forward kernel of packed attention for sm_90a: tiles of 128 queries of one head and document over blocks of 128 keys.
 //
 // One warp loads (K and V in rings of two blocks, Q ahead for the next tile); two warpgroups have 64 queries each. Of a warpgroup's two
-// products a block, S = q·kᵀ of the next block is issued together with out += P·v of the present one, so that its own softmax runs beside
+// products a block, S = q·kᵀ of the next block is issued together with out += P·v of the present one, so that the softmax of S runs beside
 // P·v; and the warpgroups take turns in issuing products, so that the softmax of one runs beside the products of the other.
 //
 // Scores are kept in units of log 2: P = exp2(scale2 · q·k − peak). Blocks are taken from the last to the first: in a causal tile the
@@ -45,13 +45,12 @@ template <int D> LV_DEVICE void forward_load(const ForwardParameters& p, Forward
     const int kv_head = tile.head / p.group;
     barrier_wait(s.q_empty, q_parity);
     q_parity ^= 1;
-    if (lane() == 0) barrier_expect(s.q_full, Panel<kTile, D>::kBytes), load_panel(s.q, p.q, s.q_full, tile.head, tile.start_rows + tile.first);
+    if (lane() == 0) load_alone(s.q, p.q, s.q_full, tile.head, tile.start_rows + tile.first);
     for (int i = 0; i <= tile.count; ++i) {     // the keys of a block, then the values of the block before
       if (i < tile.count) {
         barrier_wait(s.k_empty[k_ring.stage], k_ring.parity ^ 1);
         const int start = (tile.begin + tile.count - 1 - i) * kKeys;
-        Barrier& full = s.k_full[k_ring.stage];
-        if (lane() == 0) barrier_expect(full, Panel<kKeys, D>::kBytes), load_panel(s.k[k_ring.stage], p.k, full, kv_head, tile.start_columns + start);
+        if (lane() == 0) load_alone(s.k[k_ring.stage], p.k, s.k_full[k_ring.stage], kv_head, tile.start_columns + start);
         k_ring.advance();
       }
       if (i > 0) {
@@ -59,7 +58,7 @@ template <int D> LV_DEVICE void forward_load(const ForwardParameters& p, Forward
         const int start = (tile.begin + tile.count - i) * kKeys;
         const bool ends = tile.columns - start < kKeys;
         Barrier& full = ends ? s.tail : s.v_full[v_ring.stage];
-        if (lane() == 0) barrier_expect(full, Panel<kKeys, D>::kBytes), load_panel(s.v[v_ring.stage], p.v, full, kv_head, tile.start_columns + start);
+        if (lane() == 0) load_alone(s.v[v_ring.stage], p.v, full, kv_head, tile.start_columns + start);
         if (ends) {             // masked keys have P = 0, but the next document's values may be infinite: the copy goes by this warp first
           barrier_wait(s.tail, tail_parity);
           tail_parity ^= 1;
@@ -120,7 +119,8 @@ struct Softmax {
   }
 };
 
-template <class T, int D> LV_DEVICE void forward_store(const ForwardParameters& p, const Tile& tile, int half, Softmax& softmax, float (&out)[D / 2]) {
+template <class T, int D>
+LV_DEVICE void forward_store(const ForwardParameters& p, const Tile& tile, int half, const Softmax& softmax, const float (&out)[D / 2]) {
   const int row = row_of_thread(tile, half);
   float factor[2];
   LV_UNROLL

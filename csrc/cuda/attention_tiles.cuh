@@ -68,7 +68,8 @@ struct alignas(16) Tile {
 LV_DEVICE Tile tile_of(const Documents& d, int document, int first, int head, int block) {
   const Extent rows = extent(d.cu_rows, document, d.rows), columns = extent(d.cu_columns, document, d.columns);
   const int last = smaller(first + kTile, rows.length) - 1, shift = columns.length - rows.length;
-  const int low = seen_by(first, shift, d.left, d.right, columns.length).low, high = seen_by(last, shift, d.left, d.right, columns.length).high;
+  const int low = seen_by(first, shift, d.left, d.right, columns.length).low;
+  const int high = seen_by(last, shift, d.left, d.right, columns.length).high;
   const int begin = low / block, end = high > low ? (high + block - 1) / block : begin;
   return {rows.start, rows.length, columns.start, columns.length, document, first, head, begin, end - begin};
 }
@@ -128,7 +129,8 @@ static LV_KERNEL(kBuckets) schedule_kernel(LV_PARAMETERS(ScheduleParameters) p) 
     const int cost = global_load(p.s.cost + slot);
     if (cost == 0) continue;
     const int document = document_of(p.d, slot), start = extent(p.d.cu_rows, document, p.d.rows).start;
-    global_store(p.s.entries + shared_add(&s.start[bucket_of(cost)], 1), Entry{document, larger(slot - start / kTile - document, 0) * kTile});
+    const int place = shared_add(&s.start[bucket_of(cost)], 1);
+    global_store(p.s.entries + place, Entry{document, larger(slot - start / kTile - document, 0) * kTile});
   }
 }
 
@@ -226,6 +228,12 @@ template <int ROWS, int D> LV_DEVICE void load_panel(Panel<ROWS, D>& to, const T
   }
 }
 
+// The same where nothing else comes with it.
+template <int ROWS, int D> LV_DEVICE void load_alone(Panel<ROWS, D>& to, const TensorMap& map, Barrier& full, int head, int token) {
+  barrier_expect(full, Panel<ROWS, D>::kBytes);
+  load_panel(to, map, full, head, token);
+}
+
 // Zeros in the rows from `rows` on, by a whole warp: they are of the next document, and 0 · NaN would be NaN. async_fence comes after.
 template <int ROWS, int D> LV_DEVICE void clear_rows(Panel<ROWS, D>& panel, int rows) {
   for (int h = 0; h < D / kSwizzleRow; ++h) {
@@ -236,7 +244,7 @@ template <int ROWS, int D> LV_DEVICE void clear_rows(Panel<ROWS, D>& panel, int 
 
 // ------------------------------------------------------------------------------------------------------------------------- products
 
-// D (64, N) of a warpgroup = A (64 rows of a panel from `row` on) · B (N rows of a panel)ᵀ, over all D columns. One batch, not waited for.
+// D (64, N) of a warpgroup = A (64 rows of a panel from `row` on) · B (N rows of a panel)ᵀ, over all columns. One batch, not waited for.
 template <class T, int N, int ROWS_A, int ROWS_B, int D>
 LV_DEVICE void multiply_rows(float (&d)[N / 2], const Panel<ROWS_A, D>& a, int row, const Panel<ROWS_B, D>& b) {
   static_assert(N == ROWS_B);
@@ -320,7 +328,8 @@ LV_DEVICE void store_tile(const Target& to, const float (&d)[D / 2], const float
       }
       if (to.wide) continue;
       transpose_quad(words);    // a lane had 4 bytes of four pieces of 16; now it has one piece whole
-      if (inside) global_store(reinterpret_cast<Word4*>(to.data) + (at + 8 * (j + lane() % 4)) / 8, Word4{words[0], words[1], words[2], words[3]});
+      Word4* place = reinterpret_cast<Word4*>(to.data) + at / 8 + j + lane() % 4;
+      if (inside) global_store(place, Word4{words[0], words[1], words[2], words[3]});
     }
   }
 }

@@ -35,8 +35,8 @@ struct alignas(16) Word4 { uint32_t x, y, z, w; };
 namespace longvita::sm90 {
 
 // Shared-memory matrix descriptors of wgmma (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout"):
-//   bits 0–13 start address / 16 · 16–29 leading offset / 16 · 32–45 stride offset / 16 · 49–51 base offset, 0 because the 1,024-byte
-//   units are aligned · 62–63 swizzle, 1: 128 bytes
+//   bits 0–13 start address / 16 · 16–29 leading offset / 16 · 32–45 stride offset / 16 · 49–51 base offset, 0 because units of 1,024
+//   bytes are aligned · 62–63 swizzle, 1: 128 bytes
 LV_DEVICE uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
 }

@@ -20,7 +20,7 @@ constexpr int64_t kLimitStride = int64_t(1) << 40;      // bytes; a map's stride
 
 // Why a tensor copy cannot follow (tokens, heads, dim) of 16-bit elements, in words, or "".
 inline std::string map_cannot(const Rows3& x, const char* name) {
-  const auto follows = [](int64_t stride) { return stride * 2 % 16 == 0 && stride * 2 < kLimitStride; };
+  const auto follows = [](int64_t stride) { return stride > 0 && stride * 2 % 16 == 0 && stride * 2 < kLimitStride; };
   if (reinterpret_cast<uintptr_t>(x.data) % 16 != 0) return std::string(name) + " does not begin at a multiple of 16 bytes";
   if (x.heads > 1 && !follows(x.stride_head)) return std::string(name) + "'s heads are not multiples of 16 bytes apart";
   if (x.tokens > 1 && !follows(x.stride_token)) return std::string(name) + "'s tokens are not multiples of 16 bytes apart";
@@ -36,8 +36,10 @@ inline int multiprocessors() { return longvita::emulate::settings.multiprocessor
 inline std::string device_cannot() { return ""; }
 
 inline TensorMap tensor_map(const Rows3& x, DType, int rows, int columns) {
-  const emulate::Box box{x.data, {uint64_t(x.dim), uint64_t(x.heads), uint64_t(x.tokens)},
-                         {map_stride(x.heads, x.stride_head, x.dim), map_stride(x.tokens, x.stride_token, x.dim)}, uint32_t(rows), uint32_t(columns)};
+  const emulate::Box box{x.data,
+                         {uint64_t(x.dim), uint64_t(x.heads), uint64_t(x.tokens)},
+                         {map_stride(x.heads, x.stride_head, x.dim), map_stride(x.tokens, x.stride_token, x.dim)},
+                         uint32_t(rows), uint32_t(columns)};
   TensorMap map{};
   memcpy(static_cast<void*>(&map), &box, sizeof(box));
   return map;
@@ -73,14 +75,15 @@ inline std::string device_cannot() {
 inline auto encode_function() {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode function = [] {
+    const char* name = "cuTensorMapEncodeTiled";
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
 #if CUDART_VERSION >= 12050
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result), "cuTensorMapEncodeTiled");
+    check_cuda(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result), name);
 #else
-    check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result), "cuTensorMapEncodeTiled");
+    check_cuda(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result), name);
 #endif
-    if (result != cudaDriverEntryPointSuccess || !found) throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled; it must be 12.0 or newer");
+    if (result != cudaDriverEntryPointSuccess || !found) throw std::runtime_error(std::string("the CUDA driver is too old for ") + name);
     return reinterpret_cast<Encode>(found);
   }();
   return function;
@@ -93,9 +96,10 @@ inline TensorMap tensor_map(const Rows3& x, DType dtype, int rows, int columns) 
   const cuuint64_t stride[2] = {map_stride(x.heads, x.stride_head, x.dim), map_stride(x.tokens, x.stride_token, x.dim)};
   const cuuint32_t box[3] = {cuuint32_t(columns), 1, cuuint32_t(rows)}, steps[3] = {1, 1, 1};
   TensorMap map;
+  const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult code = encode_function()(
-      reinterpret_cast<CUtensorMap*>(&map), dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, x.data,
-      size, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      reinterpret_cast<CUtensorMap*>(&map), type, 3, x.data, size, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (code != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled failed with error " + std::to_string(int(code)));
   return map;

@@ -112,8 +112,8 @@ LV_DEVICE void barrier_wait(Barrier& b, uint32_t parity) {
 LV_DEVICE void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
-// One box of a (tokens, heads, dim) tensor, from (token, head, column) on; what lies outside the tensor arrives as zeros. `to` is aligned to
-// 1,024 bytes. All its bytes count for the barrier.
+// One box of a (tokens, heads, dim) tensor, from (token, head, column) on; what lies outside the tensor arrives as zeros, and its bytes
+// count for the barrier as well. `to` is aligned to 1,024 bytes.
 LV_DEVICE void load_box(void* to, const TensorMap& map, Barrier& b, int column, int head, int token) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
@@ -134,8 +134,9 @@ LV_DEVICE void multiply_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "
 LV_DEVICE void multiply_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> LV_DEVICE void multiply_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
 
-#define LV_8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define LV_32(d, i) LV_8(d, i), LV_8(d, i + 8), LV_8(d, i + 16), LV_8(d, i + 24)
+#define LV_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define LV_16(d, i) LV_4(d, i), LV_4(d, i + 4), LV_4(d, i + 8), LV_4(d, i + 12)
+#define LV_32(d, i) LV_16(d, i), LV_16(d, i + 16)
 #define LV_NAMES_32 \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define LV_NAMES_64 LV_NAMES_32 \
@@ -145,8 +146,8 @@ template <int N> LV_DEVICE void multiply_wait() { asm volatile("wgmma.wait_group
   "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names "}, " a ", " b \
   ", p, 1, 1, 0, " across ";\n}"
 #define LV_REGISTER_A(shape, type, names, a0, a1, a2, a3, b, add, across) \
-  "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names "}, {" a0 "," a1 "," a2 \
-  "," a3 "}, " b ", p, 1, 1, " across ";\n}"
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names "}, {" a0 "," a1 \
+  "," a2 "," a3 "}, " b ", p, 1, 1, " across ";\n}"
 
 template <class T, int N, bool ACROSS> struct Multiply;
 

@@ -36,7 +36,9 @@ void lv_settings(int multiprocessors, uint32_t seed) {
 }
 
 // Global memory that kernels may read, and write if `writable`.
-void lv_allow(uintptr_t begin, int64_t bytes, int writable) { emulate::regions.push_back({begin, begin + uintptr_t(bytes), writable != 0}); }
+void lv_allow(uintptr_t begin, int64_t bytes, int writable) {
+  emulate::regions.push_back({begin, begin + uintptr_t(bytes), writable != 0});
+}
 
 struct Tensor {                 // (tokens, heads, dim), strides in elements
   uintptr_t data;
@@ -86,7 +88,8 @@ int lv_backward(const Problem* c, const Tensor* out, const Tensor* grad_out, con
   return caught([&] {
     AttentionBackward b;
     b.p = problem(*c), b.out = rows(*out), b.grad_out = rows(*grad_out), b.lse = lse, b.lse_rest = lse_rest, b.grad_lse = grad_lse;
-    b.lse_stride_head = strides[0], b.lse_stride_token = strides[1], b.grad_lse_stride_head = strides[2], b.grad_lse_stride_token = strides[3];
+    b.lse_stride_head = strides[0], b.lse_stride_token = strides[1];
+    b.grad_lse_stride_head = strides[2], b.grad_lse_stride_token = strides[3];
     b.grad_q = rows(grads[0]), b.grad_k = rows(grads[1]), b.grad_v = rows(grads[2]);
     b.add = add != 0, b.scratch = scratch, b.scratch_bytes = scratch_bytes;
     attention_backward(b, nullptr);

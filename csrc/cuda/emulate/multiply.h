@@ -59,7 +59,8 @@ inline char* at(uint32_t address) { return block().memory + (address - kSharedSt
 // No copy may be on its way to these bytes; `async`: nor may a thread have written them without an async_fence.
 inline void check_pieces(uint32_t address, uint32_t bytes, const char* does, bool async) {
   const Block& b = block();
-  require(address >= kSharedStart && address + bytes <= kSharedStart + b.bytes, does, " shared memory at ", address, ", outside of the block's");
+  const bool inside = address >= kSharedStart && address + bytes <= kSharedStart + b.bytes;
+  require(inside, does, " shared memory at ", address, ", outside of the block's");
   for (uint32_t piece = (address - kSharedStart) / 16; piece <= (address - kSharedStart + bytes - 1) / 16; ++piece) {
     require(!b.arriving[piece], does, " shared memory at ", address, " that a copy is on its way to");
     require(!async || !b.unfenced[piece], does, " shared memory at ", address, " that thread ", b.unfenced[piece] - 1,
@@ -154,14 +155,16 @@ inline void copy_box(uint32_t to, const Box& box, uint32_t barrier, int column, 
   for (uint32_t r = 0; r < box.rows; ++r) {     // only what lies inside of the tensor is read
     const int64_t t = int64_t(token) + r;
     if (t < 0 || t >= int64_t(box.size[2]) || head < 0 || head >= int64_t(box.size[1])) continue;
-    check_global(box.data + t * box.stride[1] + head * box.stride[0] + column * 2, std::min<int64_t>(64, box.size[0] - column) * 2, 2, false);
+    const int64_t bytes = 2 * std::min<int64_t>(box.columns, box.size[0] - column);
+    check_global(box.data + t * box.stride[1] + head * box.stride[0] + column * 2, bytes, 2, false);
   }
   char* memory = block().memory;
+  const auto within = [](int64_t i, uint64_t size) { return i >= 0 && i < int64_t(size); };
   copy(to, box.rows * row_bytes, barrier, [=] {
     for (uint32_t r = 0; r < box.rows; ++r) {
       for (uint32_t c = 0; c < box.columns; ++c) {
         const int64_t t = int64_t(token) + r, x = int64_t(column) + c;
-        const bool inside = t >= 0 && t < int64_t(box.size[2]) && head >= 0 && head < int64_t(box.size[1]) && x >= 0 && x < int64_t(box.size[0]);
+        const bool inside = within(t, box.size[2]) && within(head, box.size[1]) && within(x, box.size[0]);
         uint16_t value = 0;
         if (inside) memcpy(&value, box.data + t * box.stride[1] + head * box.stride[0] + x * 2, 2);
         memcpy(memory + swizzled(to + r * row_bytes + c * 2) - kSharedStart, &value, 2);
@@ -180,7 +183,7 @@ struct Matrix {                 // a shared-memory descriptor, decoded
     swizzle = uint32_t(word >> 62);
     require((word & 0x3ff1'c000'c000'c000) == 0, "a matrix descriptor with bits set that mean nothing");
     require((word >> 49 & 7) == 0, "a matrix descriptor with a base offset, which tiles aligned to 1,024 bytes do not have");
-    require(swizzle != 1 || (start >> 7 & 7) == 0, "a matrix descriptor starts at ", start, ", inside of the unit that its swizzle repeats");
+    require(swizzle != 1 || (start >> 7 & 7) == 0, "a matrix descriptor starts at ", start, ", inside of the unit its swizzle repeats");
     require(swizzle <= 1, "only no swizzle and 128 bytes are emulated");
   }
   // Where (row of M or N, k) of a K-major operand lies: units of 8 rows × 16 bytes.

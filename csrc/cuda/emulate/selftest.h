@@ -46,7 +46,8 @@ template <class T, int N, bool ACROSS> void product_kernel(const Parameters& p) 
   multiply_fence();
   for (int k = 0; k < p.t.steps; ++k) {
     const uint64_t a_at = along_rows(shared_address(s.a[k / 4]) + k % 4 * 32);
-    const uint64_t b_at = ACROSS ? across_rows(shared_address(s.b[0]) + k * 2048, sizeof(s.b[0])) : along_rows(shared_address(s.b[k / 4]) + k % 4 * 32);
+    const uint64_t b_at = ACROSS ? across_rows(shared_address(s.b[0]) + k * 2048, sizeof(s.b[0]))
+                                 : along_rows(shared_address(s.b[k / 4]) + k % 4 * 32);
     if (p.t.a_in_registers) multiply<T, N, ACROSS>(d, (const uint32_t*)a[k], b_at, k > 0);
     else multiply<T, N, ACROSS>(d, a_at, b_at, k > 0);
   }
@@ -63,7 +64,9 @@ inline void plain_kernel(const Parameters& p) {
   for (int i = thread(); i < 8 * 16; i += 128) shared_store(&s.b[i % 16 / 8][i / 16][i % 8], p.t.b[i]);
   async_fence();
   block_sync();
-  const auto plain = [](uint32_t address, uint32_t leading, uint32_t stride) { return descriptor(address, leading, stride) & ~(uint64_t(3) << 62); };
+  const auto plain = [](uint32_t address, uint32_t leading, uint32_t stride) {
+    return descriptor(address, leading, stride) & ~(uint64_t(3) << 62);
+  };
   float d[4] = {};
   multiply_fence();
   multiply<bf16_t, 8, false>(d, plain(shared_address(&s.a), 128, 256), plain(shared_address(&s.b), 128, 256), false);
@@ -79,14 +82,19 @@ struct Wrong {
   void (*kernel)(const Parameters&);
 };
 
+// Most begin with initialised barriers.
+inline Tiles& started() {
+  Tiles& s = shared<Tiles>();
+  start(s);
+  return s;
+}
 inline void load_a(Tiles& s, const Parameters& p, int bytes = 64 * 128) {
   if (thread() == 0) barrier_expect(s.full, bytes), load_box(s.a[0], p.a, s.full, 0, 0, 0);
 }
 // One product of the tile in s.a with itself, from registers or memory, unless it breaks a rule.
 struct Steps { bool wait_copy = true, fence = true, touch = false, change = false, wait = true; uint32_t shift = 0; };
 inline void square(const Parameters& p, Steps steps) {
-  Tiles& s = shared<Tiles>();
-  start(s);
+  Tiles& s = started();
   load_a(s, p);
   if (steps.wait_copy) barrier_wait(s.full, 0);
   float d[32] = {};
@@ -101,11 +109,11 @@ inline void square(const Parameters& p, Steps steps) {
 }
 
 inline const Wrong kWrong[] = {
-    {"a barrier nobody arrives at", [](const Parameters&) { Tiles& s = shared<Tiles>(); start(s); barrier_wait(s.full, 0); }},
-    {"fewer bytes than expected", [](const Parameters& p) { Tiles& s = shared<Tiles>(); start(s); load_a(s, p, 64 * 128 + 16); barrier_wait(s.full, 0); }},
+    {"a barrier nobody arrives at", [](const Parameters&) { barrier_wait(started().full, 0); }},
+    {"fewer bytes than expected", [](const Parameters& p) { Tiles& s = started(); load_a(s, p, 64 * 128 + 16); barrier_wait(s.full, 0); }},
     {"half of the block at a barrier", [](const Parameters&) { if (thread() < 64) block_sync(); }},
     {"a barrier not initialised", [](const Parameters&) { barrier_arrive(shared<Tiles>().full); }},
-    {"one arrival too many", [](const Parameters& p) { Tiles& s = shared<Tiles>(); start(s); if (thread() == 0) load_a(s, p), barrier_arrive(s.full); }},
+    {"one arrival too many", [](const Parameters& p) { Tiles& s = started(); if (thread() == 0) load_a(s, p), barrier_arrive(s.full); }},
     {"a product before its copy", [](const Parameters& p) { square(p, {false}); }},
     {"a product without a fence", [](const Parameters& p) { square(p, {true, false}); }},
     {"an accumulator overwritten", [](const Parameters& p) { square(p, {true, true, true}); }},
@@ -114,8 +122,7 @@ inline const Wrong kWrong[] = {
     {"a descriptor inside of a unit", [](const Parameters& p) { square(p, {true, true, false, false, true, 128}); }},
     {"a descriptor outside of the memory", [](const Parameters& p) { square(p, {true, true, false, false, true, 64 << 10}); }},
     {"a write that products do not see", [](const Parameters& p) {
-       Tiles& s = shared<Tiles>();
-       start(s);
+       Tiles& s = started();
        load_a(s, p);
        barrier_wait(s.full, 0);
        if (thread() == 5) shared_store(&s.a[0][3][24], uint16_t(0));      // the swizzle puts columns 0 … 7 of row 3 there
@@ -127,8 +134,7 @@ inline const Wrong kWrong[] = {
        multiply_wait<0>();
      }},
     {"a copy over an operand in use", [](const Parameters& p) {
-       Tiles& s = shared<Tiles>();
-       start(s);
+       Tiles& s = started();
        load_a(s, p);
        barrier_wait(s.full, 0);
        float d[32] = {};
@@ -138,8 +144,8 @@ inline const Wrong kWrong[] = {
        load_a(s, p);
        multiply_wait<0>();
      }},
-    {"a read before its copy", [](const Parameters& p) { Tiles& s = shared<Tiles>(); start(s); load_a(s, p); block_sync(); shared_load(&s.a[0][0][0]); }},
-    {"a box not aligned", [](const Parameters& p) { Tiles& s = shared<Tiles>(); start(s); if (thread() == 0) load_box(s.a[0][4], p.a, s.full, 0, 0, 0); }},
+    {"a read before its copy", [](const Parameters& p) { Tiles& s = started(); load_a(s, p); block_sync(); shared_load(&s.a[0][0][0]); }},
+    {"a box not aligned", [](const Parameters& p) { Tiles& s = started(); if (thread() == 0) load_box(s.a[0][4], p.a, s.full, 0, 0, 0); }},
     {"a warp that diverges", [](const Parameters&) { if (lane() < 16) warp_sync(); else warp_any(true); }},
     {"a read outside of global memory", [](const Parameters& p) { global_load(p.t.a - 1); }},
     {"a write outside of global memory", [](const Parameters& p) { global_store(p.t.d + 128 * p.t.n / 2, 0.0f); }},

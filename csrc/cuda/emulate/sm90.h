@@ -163,7 +163,8 @@ inline void load_box(void* to, const TensorMap& map, Barrier& b, int column, int
 }
 inline void load_bytes(void* to, const void* from, int bytes, Barrier& b) {
   const uint32_t address = shared_address(to);
-  require(address % 16 == 0 && uintptr_t(from) % 16 == 0 && bytes % 16 == 0 && bytes > 0, "cp.async.bulk: addresses and size are multiples of 16");
+  const bool aligned = address % 16 == 0 && uintptr_t(from) % 16 == 0 && bytes % 16 == 0 && bytes > 0;
+  require(aligned, "cp.async.bulk: addresses and size are multiples of 16");
   emulate::check_global(from, bytes, 16, false);
   char* target = static_cast<char*>(to);
   emulate::copy(address, bytes, shared_address(&b), [=] { memcpy(target, from, bytes); });
