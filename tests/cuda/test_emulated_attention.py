@@ -249,6 +249,7 @@ GIVE_K = "if (lane() == 0) barrier_arrive(s.k_empty[k_ring.stage]);\n"
 GIVE_V = "if (lane() == 0) barrier_arrive(s.v_empty[v_ring.stage]);\n"
 PASS_TURN = "named_arrive(kTurn + (half ^ 1), kBoth);\n"
 IN_LOOP = "\n        "
+EACH = f"{IN_LOOP}LV_UNROLL{IN_LOOP}for (int "
 CLEAR = "clear_rows(s.v[v_ring.stage], tile.columns - start);"
 ADD_DK = "multiply_add<T>(dk, packed_slopes, s.theirs[stage][0]);\n"
 WRONG = None  # the results are wrong
@@ -273,7 +274,7 @@ MUTANTS = {
     "V's second half is its first": (TILES, "kSwizzleRow * 2, Panel<ROWS, D>::kHalf), true", "kSwizzleRow * 2, 0), true", WRONG),
     "a barrier expects too little": (BACKWARD, "kBytes + 2 * kStats", "kBytes + kStats", "on its way"),
     "a stage is given back too early": (BACKWARD, f"{ADD_DK}        multiply_wait<0>();\n", ADD_DK, "on its way|changed"),
-    "g·v is not waited for": (BACKWARD, f"multiply_wait<0>();{IN_LOOP}LV_UNROLL{IN_LOOP}for (int e", f"LV_UNROLL{IN_LOOP}for (int e", "changed"),
+    "g·v is not waited for": (BACKWARD, f"multiply_wait<0>();{EACH}e", f"{EACH}e", "changed while a wgmma"),
     "queries beyond a document stay": (BACKWARD, "clear_rows(s.theirs[stage][j], tile.columns - start);", "{}", WRONG),
 }  # fmt: skip
 
