@@ -119,6 +119,7 @@ def plain(tensor):
     """`tensor` without the autograd graph; itself where there is none."""
     return tensor.detach() if tensor.requires_grad else tensor
 
+
 # ---------------------------------------------------------------------------------------------------------------- running references
 
 

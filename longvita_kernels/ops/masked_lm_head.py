@@ -60,6 +60,15 @@ def masked_lm_head(hidden, weight, rows):
 # ------------------------------------------------------------------------------------------------------------------------------ flat ops
 
 
+def cuda_cannot(*, hidden, **_):
+    """Why the CUDA C++ kernel cannot take a call with these arguments, or None."""
+    fits = hidden.shape[-1] * hidden.element_size() <= _CUDA_ROW_BYTES
+    return None if fits else f"the CUDA kernel keeps a row of hidden in shared memory: {_CUDA_ROW_BYTES} bytes at most"
+
+
+_CUDA_ROW_BYTES = 96 << 10  # an SM of compute capability 8.6 to 12.0 gives a block 99 KiB at least
+
+
 def check_rows(rows, tokens):
     """Row numbers must lie in 0 … tokens−1; names the first that does not. Inside a flat op, never while tracing."""
     if not _common.checks_values(rows) or rows.numel() == 0:
@@ -73,9 +82,11 @@ def check_rows(rows, tokens):
         )
 
 
-def _triton():
-    from longvita_kernels.triton import masked_lm_head
-
+def _on_gpu(backend):
+    if backend == "cuda":
+        from longvita_kernels.cuda import masked_lm_head
+    else:
+        from longvita_kernels.triton import masked_lm_head
     return masked_lm_head
 
 
@@ -88,13 +99,13 @@ def _native_arguments(hidden, weight, rows, scratch):
 
 
 def _forward_impl(hidden, weight, rows):
-    backend = backends.choose("masked_lm_head", hidden)
+    backend = backends.choose("masked_lm_head", hidden, None, lambda: cuda_cannot(hidden=hidden))
     if backend != "native":
         check_rows(rows, hidden.shape[0])  # the native kernel does so itself
     if backend == "reference":
         return _common.run_reference(reference, hidden, weight, rows)
-    if backend == "triton":
-        return _triton().forward(hidden, weight, rows)
+    if backend != "native":
+        return _on_gpu(backend).forward(hidden, weight, rows)
     logits, rows, module = _forward_fake(hidden, weight, rows), rows.contiguous(), native.load()
     gathered = torch.empty(4 * (-(-hidden.shape[1] // 16) * 16), dtype=torch.float32)
     thin = rows.shape[0] <= module.masked_lm_head_thin_rows()  # the kernel of few rows needs no scratch
@@ -110,11 +121,11 @@ def _forward_fake(hidden, weight, rows):
 
 
 def _backward_impl(grad, hidden, weight, rows, needs):
-    backend = backends.choose("masked_lm_head", hidden)
+    backend = backends.choose("masked_lm_head", hidden, None, lambda: cuda_cannot(hidden=hidden))
     if backend == "reference":
         return _common.reference_gradients(lambda h, w: reference(h, w, rows), (hidden, weight), needs, (grad,))
-    if backend == "triton":
-        return _triton().backward(grad, hidden, weight, rows, needs)
+    if backend != "native":
+        return _on_gpu(backend).backward(grad, hidden, weight, rows, needs)
     grad, rows, scratch = _gemm.dense_rows(grad), rows.contiguous(), _gemm.take(_gemm.scratch_floats())
     tokens, width = hidden.shape
     grad_hidden = hidden.new_zeros(tokens, width) if needs[0] else _common.absent(hidden)

@@ -69,9 +69,11 @@ def _check(out_a, lse_a, out_b, lse_b):
 # ------------------------------------------------------------------------------------------------------------------------------ flat ops
 
 
-def _triton():
-    from longvita_kernels.triton import merge_attention
-
+def _on_gpu(backend):
+    if backend == "cuda":
+        from longvita_kernels.cuda import merge_attention
+    else:
+        from longvita_kernels.triton import merge_attention
     return merge_attention
 
 
@@ -80,8 +82,8 @@ def _forward_impl(out_a, lse_a, out_b, lse_b):
     if backend == "reference":
         return _common.run_reference(reference, out_a, lse_a, out_b, lse_b)
     out, lse = _forward_fake(out_a, lse_a, out_b, lse_b)
-    if backend == "triton":
-        _triton().forward(out_a, lse_a, out_b, lse_b, out, lse)
+    if backend != "native":
+        _on_gpu(backend).forward(out_a, lse_a, out_b, lse_b, out, lse)
         return out, lse
     tokens, heads, dim = out_a.shape
     native.load().merge_attention_forward(
@@ -105,8 +107,8 @@ def _backward_impl(grad_out, grad_lse, out_a, lse_a, out_b, lse_b, needs):
     grads = _backward_fake(grad_out, grad_lse, out_a, lse_a, out_b, lse_b, needs)
     tokens, heads, dim = out_a.shape
     grad_out = grad_out if grad_out is None or grad_out.stride(-1) == 1 else grad_out.contiguous()
-    if backend == "triton":
-        _triton().backward(grad_out, grad_lse, *inputs, [grad if need else None for grad, need in zip(grads, needs, strict=True)])
+    if backend != "native":
+        _on_gpu(backend).backward(grad_out, grad_lse, *inputs, [grad if need else None for grad, need in zip(grads, needs, strict=True)])
         return grads
     native.load().merge_attention_backward(
         native.dtype_code(out_a.dtype), (tokens, heads, dim),

@@ -1,6 +1,6 @@
 """Attention to some of the keys, float32 out, and the gradients of these keys' share: what a step of the ring computes.
 
-The native kernel does both in one call whatever the inputs' dtype; elsewhere plain torch, document by document. For the gradients `out` and
+Our kernels do both in one call whatever the inputs' dtype; elsewhere plain torch, document by document. For the gradients `out` and
 `lse` are those of the whole attention, so that the shares of all steps add up to its gradients (equations: ops/varlen_attention.py).
 
 T: packed tokens. H, J: query heads, KV heads. D: head dimension. L: tokens of one document.
@@ -8,7 +8,6 @@ T: packed tokens. H, J: query heads, KV heads. D: head dimension. L: tokens of o
 
 import torch
 
-from longvita_kernels import backends
 from longvita_kernels.ops import _common
 from longvita_kernels.ops import varlen_attention as varlen
 
@@ -29,9 +28,14 @@ def forward(q_THD, k_TJD, v_TJD, call, scale, result):
 def backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, call, scale, needs):
     """Shares of (dq, dk, dv), float32; absent (no elements) where `needs` says so. Arguments as of the op's backward."""
     cu_q, cu_k, *_ = call.offsets(q.device)
-    if backends.choose("varlen_attention", q, varlen.native_cannot(softmax_scale=scale)) == "native":
-        tensors = grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k
+    backend, tensors = varlen.backend_of(q, k, v, scale, 0.0), (grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k)
+    if backend == "native":
         return varlen.native_backward(*tensors, scale, call.left, call.right, 0.0, needs, result=torch.float32)
+    if backend in ("cuda", "triton"):
+        shares = varlen._empty_gradients((q, k, v), needs, torch.float32)
+        wanted = [share if need else None for share, need in zip(shares, needs, strict=True)]
+        varlen._on_gpu(backend).backward(*tensors, scale, call.left, call.right, 0.0, *wanted)
+        return shares
     wide = dtype_of(q)
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     inputs = [x.to(wide) for x in (grad_out, grad_lse.T, q, out, lse.T)], [x.to(wide) for x in (k, v)]

@@ -1,7 +1,8 @@
 """Tensors between the ranks of a group, point to point, under way while something else is computed.
 
 `of(group)` gives what the ring needs of a torch.distributed group (gloo on CPUs, NCCL on GPUs): `rank`, `size`, `name`, `eager` and
-`exchange`. An object that has these itself is taken as it is: tests run many ranks in one process that way, the benchmark uses CUDA IPC.
+`exchange`. An object that has these itself is taken as it is: `PeerCopies` (peer_copies.py) for processes of one machine that share GPUs or
+reach each other's memory; tests run many ranks in one process that way.
 """
 
 import torch.distributed as dist

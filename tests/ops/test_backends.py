@@ -61,7 +61,7 @@ def test_a_failed_request_changes_nothing(without_native):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="unknown backend 'cuda13'; expected one of native, triton, flash_attn, torch, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'cuda13'; expected one of native, cuda, triton, flash_attn, torch, reference"):
         backends.use("cuda13")
 
 
