@@ -42,7 +42,7 @@ def ring_attention(q, k, v, plan, *, group=None, softmax_scale=None, return_lse=
 
     Works under no_grad, autocast and activation checkpointing. ValueError for arguments that do not fit, on every rank, before anything is
     sent: the first call of a kind compares plans, shapes and dtypes. RuntimeError, within the group's time-out, naming peer and step, when
-    a rank is gone or hangs (NCCL: its watchdog ends the process).
+    a rank is gone or hangs (NCCL: at 90 % of it, before its watchdog ends the process; the peer is one of those of that step).
     """
     group = transport.of(group)
     q, k, v = _common.autocast_tensors(q, k, v)
