@@ -3,7 +3,7 @@
     native       C++, CPU
     triton       GPU kernels of this package (on CPU tensors under TRITON_INTERPRET=1, for tests)
     flash_attn   the package of that name, for varlen_attention on a GPU, for those who have it
-    torch        the fastest way inside torch, for the ops in TORCH_OPS
+    torch        the fastest way inside torch, any device: the inputs' own dtype, torch's attention kernels, products of cuBLAS
     reference    plain torch, float32 inside: the definition, any device
 
     backends.available()                     # ("native", "torch", "reference"): what this machine can run, best first
@@ -12,9 +12,9 @@
     backends.explain("merge_attention", out_a, lse_a, out_b, lse_b)
 
 Without a request a CPU gets `native`. A GPU gets the fastest backend that VERIFIED names for the op on that architecture: a kernel that
-never ran on hardware is never a default. Where nothing is named, and where a part is missing, plain torch runs, with one warning.
+never ran on hardware is never a default. Where nothing is named a GPU gets `torch`, with one warning; a CPU without native the reference.
 The environment variable LONGVITA_BACKEND is a request like `use`. A request that cannot be met raises `RuntimeError`; a request for
-`flash_attn` or `torch` concerns the ops that they have, the others are chosen as without it.
+`flash_attn` concerns the op that it has, the others are chosen as without it.
 """
 
 import functools
@@ -31,9 +31,7 @@ from longvita_kernels import native
 NAMES = ("native", "triton", "flash_attn", "torch", "reference")  # best first
 _KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _HALF_DTYPES = frozenset((torch.bfloat16, torch.float16))
-# Ops that are written for these; every op has a reference, and native and triton kernels.
-FLASH_OPS = frozenset(("varlen_attention",))
-TORCH_OPS = frozenset(("varlen_attention", "decode_attention"))
+FLASH_OPS = frozenset(("varlen_attention",))  # every other backend has all ops
 
 
 class Verified(NamedTuple):
@@ -158,21 +156,19 @@ def _cannot(backend, op, tensor, unsupported):
 def _decide(op, tensor, unsupported):
     """(backend, why, worth a warning)."""
     request = requested()
-    concerned = {"flash_attn": FLASH_OPS, "torch": TORCH_OPS}.get(request)
-    if request is not None and (concerned is None or op in concerned):
+    if request is not None and (request != "flash_attn" or op in FLASH_OPS):
         reason = _cannot(request, op, tensor, unsupported)
         if reason is None:
             return request, _requested_words(op, request, tensor), False
         raise RuntimeError(f"backend {request!r} was requested but cannot run {op}: {reason}")
-    plain = "torch" if op in TORCH_OPS and tensor.dtype in _KERNEL_DTYPES else "reference"
     if tensor.device.type == "cuda":
         arch = architecture(tensor.device)
         for verified in VERIFIED.get((op, arch), ()):
             if _cannot(verified.backend, op, tensor, unsupported) is None:
                 return verified.backend, f"the fastest verified on {arch}, see {verified.result}", False
         if tensor.dtype not in _KERNEL_DTYPES:
-            return plain, f"kernels take float32, bfloat16 and float16, not {tensor.dtype}", False
-        return plain, unsupported or f"no kernel is verified on {arch} yet; backends.use('triton') asks for ours", True
+            return "reference", f"kernels take float32, bfloat16 and float16, not {tensor.dtype}", False
+        return "torch", unsupported or f"no kernel is verified on {arch} yet; backends.use('triton') asks for ours", True
     reason = _cannot("native", op, tensor, unsupported)
     if reason is None:
         return "native", f"the best for device 'cpu' and {tensor.dtype}", False

@@ -94,11 +94,13 @@ def plain(tensor):
     """`tensor` without the autograd graph; itself where there is none."""
     return tensor.detach() if tensor.requires_grad else tensor
 
+
 # ---------------------------------------------------------------------------------------------------------------- running references
 
 
 def run_reference(reference, *args, **kwargs):
-    """`reference(*args, **kwargs)` without gradients and outside autocast, as the body of a flat op: outputs are fresh and dense."""
+    """`reference(*args, **kwargs)` (or another way inside torch) without gradients and outside autocast, as the body of a flat op: outputs
+    are fresh and dense."""
     with torch.no_grad(), _no_autocast(args):
         outputs = reference(*args, **kwargs)
     if isinstance(outputs, torch.Tensor):

@@ -22,8 +22,7 @@ def _choices():
     for spec in SPECS:
         for dtype in spec.dtypes:
             yield spec, dtype, "triton"
-            if spec.name in backends.TORCH_OPS:
-                yield spec, dtype, "torch"
+            yield spec, dtype, "torch"
             if spec.name in backends.FLASH_OPS and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
                 yield spec, dtype, "flash_attn"
 
