@@ -41,7 +41,8 @@ class Verified(NamedTuple):
     result: str
 
 
-# (op, architecture such as "sm_90") → Verified, the fastest first. bench/gpu.sh makes the results that an entry needs; so far no GPU has.
+# (op, architecture such as "sm_90") → Verified, the fastest first. bench/gpu.sh makes the results that an entry needs, and a test
+# (bench/verified.py) holds it to them; so far no GPU has.
 VERIFIED: dict[tuple[str, str], tuple[Verified, ...]] = {}
 
 
