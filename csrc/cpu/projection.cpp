@@ -48,10 +48,10 @@ struct Shuffled {
   int64_t offset(int64_t row, int64_t col) const { return offset(row, col, p.x_tile, p.x_patch); }
   int64_t gradient_offset(int64_t row, int64_t col) const { return offset(row, col, p.grad_x_tile, p.grad_x_patch); }
   int64_t offset(int64_t row, int64_t col, int64_t tile_stride, int64_t patch_stride) const {
-    const int64_t across = p.grid_cols / 2, per_tile = across * (p.grid_rows / 2);
-    const int64_t i = row % per_tile / across, j = row % across, corner = col / p.channels;
-    const int64_t patch = (2 * i + corner / 2) * p.grid_cols + 2 * j + corner % 2;
-    return row / per_tile * tile_stride + patch * patch_stride + col % p.channels;
+    const int64_t across = p.grid_cols / 2, down = p.grid_rows / 2;
+    const int64_t line = row / across, j = row - line * across, tile = line / down, i = line - tile * down;
+    const int64_t corner = col / p.channels, patch = (2 * i + corner / 2) * p.grid_cols + 2 * j + corner % 2;
+    return tile * tile_stride + patch * patch_stride + (col - corner * p.channels);
   }
   // each(at, take): columns `at` … `at + take` of a token lie side by side.
   template <class Each>
@@ -123,37 +123,56 @@ struct Normalised final : RowSource {
   }
 };
 
-float row_sum(const float* values, int64_t count, float shift, bool square) {
+// Σ f(x) over columns 0 … width of a token, as they lie in memory.
+template <class T, class Term>
+LV_INLINE float token_sum(const Shuffled& shuffled, int64_t row, int64_t width, const Term& term) {
   vf sums[4] = {};
-  int64_t i = 0;
-  for (int lane = 0; i < count; i += W, lane = (lane + 1) % 4) {
-    const int lanes = int(smaller(count - i, W));
-    vf x = load_n(values + i, lanes) - shift;
-    if (lanes < W) x = select(iota() < lanes, x, vf{});
-    sums[lane] += square ? x * x : x;
-  }
+  shuffled.runs(0, width, [&](int64_t at, int64_t take) {
+    const T* values = static_cast<const T*>(shuffled.p.x) + shuffled.offset(row, at);
+    int64_t i = 0;
+    for (; i + 4 * W <= take; i += 4 * W) {
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < 4; ++j) sums[j] += term(load(values + i + j * W));
+    }
+    for (; i < take; i += W) {
+      const int lanes = int(smaller(take - i, W));
+      sums[0] += select(iota() < lanes, term(load_n(values + i, lanes)), vf{});
+    }
+  });
   return hsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 // Mean first, then the mean square around it: exact where the mean is large against the spread.
-void statistics(const ProjectionArgs& p) {
+template <class T>
+void typed_statistics(const ProjectionArgs& p) {
   const Shuffled shuffled(p);
   const int64_t tokens = tokens_of(p), width = 4 * p.channels;
 #pragma omp parallel for num_threads(p.threads) schedule(static) if (tokens * width > kWorthThreads)
   for (int64_t r = 0; r < tokens; ++r) {
-    float* buffer = p.row_scratch + omp_get_thread_num() * 2 * width;
-    const float* row = shuffled.read(r, 0, width, buffer);
-    const float mean = row_sum(row, width, 0.0f, false) / float(width);
+    const float mean = token_sum<T>(shuffled, r, width, [](vf x) { return x; }) / float(width);
+    const float square = token_sum<T>(shuffled, r, width, [mean](vf x) { return (x - mean) * (x - mean); }) / float(width);
     p.stats[r] = mean;
-    p.stats[tokens + r] = 1.0f / __builtin_sqrtf(row_sum(row, width, mean, true) / float(width) + p.eps);
+    p.stats[tokens + r] = 1.0f / __builtin_sqrtf(square + p.eps);
   }
+}
+void statistics(const ProjectionArgs& p) {
+  if (p.dtype == DType::bf16) typed_statistics<bf16_t>(p);
+  else if (p.dtype == DType::f16) typed_statistics<f16_t>(p);
+  else typed_statistics<float>(p);
 }
 
 // ---------------------------------------------------------------------------------------------- forward
-void add_bias(const Tile& tile, float* c, int64_t stride, const float* bias) {
+// A tile of fp32 sums, a row at a time, because a row stays in L1: each(row of the tile, its values), then rounded into `out`, whose rows are
+// `apart` elements apart.
+template <class Each>
+LV_INLINE void finish_rows(const Tile& tile, float* c, int64_t stride, void* out, DType dtype, int64_t apart, const Each& each) {
   for (int64_t i = 0; i < tile.mt; ++i) {
-    for (int64_t n = 0; n < tile.nt; ++n) c[i * stride + n] += bias[tile.n0 + n];
+    each(i, c + i * stride);
+    narrow_row(c + i * stride, tile.nt, out, dtype, (tile.m0 + i) * apart + tile.n0);
   }
+}
+LV_INLINE void add_bias(const Tile& tile, float* row, const float* bias) {
+  for (int64_t n = 0; n < tile.nt; ++n) row[n] += bias[tile.n0 + n];
 }
 
 int64_t act_stride(int64_t hidden, DType dtype) { return in_place_stride(hidden, dtype); }
@@ -169,21 +188,18 @@ void forward(const ProjectionArgs& p) {
   Product second = {{act, true}, {w2, true}, p.hidden, pairs};
   if (p.b2 == nullptr) second.out = {p.y, p.dtype, p.out};
   for_each_tile(first, TileGrid(tokens, p.hidden, p.threads), p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
-    if (p.b1 != nullptr) add_bias(tile, c, stride, p.b1);
-    if (p.z != nullptr) narrow_tile(tile, c, stride, p.z, p.dtype, p.hidden);
-    for (int64_t i = 0; i < tile.mt; ++i) {
+    finish_rows(tile, c, stride, p.act, p.dtype, act.stride, [&](int64_t i, float* row) {
+      if (p.b1 != nullptr) add_bias(tile, row, p.b1);
+      if (p.z != nullptr) narrow_row(row, tile.nt, p.z, p.dtype, (tile.m0 + i) * p.hidden + tile.n0);
       for (int64_t n = 0; n < tile.nt; n += W) {
         const int lanes = int(smaller(tile.nt - n, W));
-        float* at = c + i * stride + n;
-        store_n(at, gelu(load_n(at, lanes)), lanes);
+        store_n(row + n, gelu(load_n(row + n, lanes)), lanes);
       }
-    }
-    narrow_tile(tile, c, stride, p.act, p.dtype, act.stride);
+    });
   });
   for_each_tile(second, TileGrid(tokens, p.out, p.threads), p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
     if (p.b2 == nullptr) return;
-    add_bias(tile, c, stride, p.b2);
-    narrow_tile(tile, c, stride, p.y, p.dtype, p.out);
+    finish_rows(tile, c, stride, p.y, p.dtype, p.out, [&](int64_t, float* row) { add_bias(tile, row, p.b2); });
   });
 }
 
@@ -240,15 +256,13 @@ void second_linear(const ProjectionArgs& p) {
   const Product product = {{grad, true}, {w2, false}, p.out, pairs};
   for_each_tile(product, TileGrid(tokens, p.hidden, p.threads), p.threads, p.scratch, [&](const Tile& tile, float* c, int64_t stride) {
     float buffer[kTileN];
-    for (int64_t i = 0; i < tile.mt; ++i) {
+    finish_rows(tile, c, stride, p.act, p.dtype, act.stride, [&](int64_t i, float* row) {
       const float* z = widen_row(p.z, p.dtype, (tile.m0 + i) * p.hidden + tile.n0, tile.nt, buffer);
       for (int64_t n = 0; n < tile.nt; n += W) {
         const int lanes = int(smaller(tile.nt - n, W));
-        float* at = c + i * stride + n;
-        store_n(at, load_n(at, lanes) * gelu_slope(load_n(z + n, lanes)), lanes);
+        store_n(row + n, load_n(row + n, lanes) * gelu_slope(load_n(z + n, lanes)), lanes);
       }
-    }
-    narrow_tile(tile, c, stride, p.act, p.dtype, act.stride);
+    });
   });
 }
 

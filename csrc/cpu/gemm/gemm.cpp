@@ -12,7 +12,6 @@ LV_INLINE int64_t at_most(int64_t a, int64_t limit) { return a < limit ? a : lim
 struct Single {                       // one fp32 value
   using Value = float;
   static constexpr int64_t kDepth = 1;
-  static constexpr DType kDType = DType::f32;
   LV_INLINE const float* read(const RowSource& source, int64_t row, int64_t col, int64_t count, float* buffer) {
     return source.read(row, col, count, buffer);
   }
@@ -22,7 +21,6 @@ struct Single {                       // one fp32 value
 struct Pairs {                        // two bf16 values, k and k + 1
   using Value = bf16_t;
   static constexpr int64_t kDepth = 2;
-  static constexpr DType kDType = DType::bf16;
   LV_INLINE const bf16_t* read(const RowSource& source, int64_t row, int64_t col, int64_t count, float* buffer) {
     return source.read_bf16(row, col, count, reinterpret_cast<bf16_t*>(buffer));
   }
@@ -32,6 +30,18 @@ struct Pairs {                        // two bf16 values, k and k + 1
     return dot_pairs(sum, vu{} + bits, (vu)b);
   }
 };
+
+// Elements between rows of an A that needs no copy, or 0: whole words of a matrix whose rows spread over the cache.
+int64_t in_place(const Product& p) {
+  const bool pairs = kBf16Pairs && p.pairs;
+  return p.a.k_dense && (!pairs || p.K % 2 == 0) ? p.a.source.in_place(pairs ? DType::bf16 : DType::f32) : 0;
+}
+
+// Rows of A that are packed at a time: what fits into L2, evenly cut.
+LV_INLINE int64_t block_rows(int64_t rows) {
+  const int64_t blocks = ceil_div(rows, kTileM);
+  return blocks > 1 ? ceil_div(ceil_div(rows, blocks), kMr) * kMr : kTileM;
+}
 
 // ---------------------------------------------------------------------------------------------- packing
 // A block of one operand: `count` rows or columns of C from `first`, values k0 … k0+depth of k, which make `words` words.
@@ -225,6 +235,15 @@ void deliver(const Destination& out, const float* sums, int64_t m, int64_t n, in
   }
 }
 
+// The lines that will be delivered, while there is a register tile's time to fetch them.
+LV_INLINE void ask_to_write(const Destination& out, int64_t m, int64_t n, int64_t rows, int64_t columns) {
+  const int64_t size = int64_t(dtype_size(out.dtype));
+  for (int64_t i = 0; i < rows; ++i) {
+    const char* to = static_cast<const char*>(out.data) + ((m + i) * out.stride + n) * size;
+    for (int64_t at = 0; at < columns * size; at += kLineBytes) __builtin_prefetch(to + at, 1);
+  }
+}
+
 // One block of k for a whole tile: from the sums of the blocks before (none: first) to `sums`, or (last) to the destination.
 template <class Path, bool kRows>
 void multiply_blocks(const Tile& tile, int64_t words, const float* a, int64_t lda, const float* b, float* sums, bool first,
@@ -241,6 +260,7 @@ void multiply_blocks(const Tile& tile, int64_t words, const float* a, int64_t ld
       const Sums kept = {sums + i * kTileN + j, kTileN}, from = {first ? nullptr : kept.at, kTileN};
       ahead_a.next();
       ahead_b.next();
+      if (last != nullptr) ask_to_write(*last, tile.m0 + i, tile.n0 + j, at_most(tile.mt - i, kMr), columns);
       multiply(words, rows, lda, b + j / kNr * kPanelB, from, last == nullptr ? kept : Sums{finished, kNr}, ahead_a, ahead_b);
       if (last == nullptr) continue;
       auto* put = last->dtype == DType::bf16 ? &deliver<bf16_t> : last->dtype == DType::f16 ? &deliver<f16_t> : &deliver<float>;
@@ -256,30 +276,36 @@ float* typed_product(const Product& p, const Tile& tile, const Tile& next, float
   float* packed_b = packed_a + kWordsA;
   float* sums = packed_b + kWordsB;
   float* buffers = sums + kTileFloats;
-  const int64_t register_tiles = ceil_div(tile.mt, kMr) * ceil_div(tile.nt, kNr);
+  const int64_t rows = block_rows(tile.mt);
   const auto block = [&](int64_t first, int64_t count, int64_t k0) {
     const int64_t depth = at_most(p.K - k0, kDepth);
     return Block{first, count, k0, depth, ceil_div(depth, Path::kDepth)};
   };
-  // Whole words and whole register tiles of a matrix whose rows spread over the cache need no copy.
-  const int64_t stride = p.a.k_dense && tile.mt % kMr == 0 && p.K % Path::kDepth == 0 ? p.a.source.in_place(Path::kDType) : 0;
+  const int64_t stride = tile.mt % kMr == 0 ? in_place(p) : 0;
   const int64_t lda = stride > 0 ? stride / Path::kDepth : kLda;
   const int64_t K = p.K > 0 ? p.K : 1;      // a product over nothing is one over a block of zeros
   for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
-    const Block block_a = block(tile.m0, tile.mt, k0), block_b = block(tile.n0, tile.nt, k0);
-    const float* a = packed_a;
-    if (stride > 0) a = static_cast<const float*>(p.a.source.where(tile.m0, k0));
-    else if (p.a.k_dense) pack_rows<Path>(p.a.source, block_a, packed_a);
-    else pack_panels<Path, kMr, kPanelA>(p.a.source, block_a, packed_a, buffers);
+    const bool last = k0 + kDepth >= p.K;
+    const Block block_b = block(tile.n0, tile.nt, k0);
+    const Block next_b = last ? block(next.n0, next.nt, 0) : block(tile.n0, tile.nt, k0 + kDepth);
     if (p.b.k_dense) pack_transposed<Path>(p.b.source, block_b, packed_b, buffers);
     else pack_panels<Path, kNr, kPanelB>(p.b.source, block_b, packed_b, buffers);
-    const bool last = k0 + kDepth >= p.K;
-    const Block next_a = last ? block(next.m0, next.mt, 0) : block(tile.m0, tile.mt, k0 + kDepth);
-    const Block next_b = last ? block(next.n0, next.nt, 0) : block(tile.n0, tile.nt, k0 + kDepth);
-    const Ahead ahead_a(p.a, next_a, kValueBytes, register_tiles), ahead_b(p.b, next_b, kValueBytes, register_tiles);
-    const Destination* out = last && p.out.data != nullptr ? &p.out : nullptr;
-    auto* multiply = p.a.k_dense ? &multiply_blocks<Path, true> : &multiply_blocks<Path, false>;
-    multiply(tile, block_a.words, a, lda, packed_b, sums, k0 == 0, out, ahead_a, ahead_b);
+    for (int64_t m = 0; m < tile.mt; m += rows) {
+      const Tile part = {tile.m0 + m, at_most(tile.mt - m, rows), tile.n0, tile.nt};
+      const bool last_rows = m + rows >= tile.mt;
+      const Block block_a = block(part.m0, part.mt, k0);
+      const Block next_a = !last_rows ? block(part.m0 + rows, at_most(tile.mt - m - rows, rows), k0)
+                           : !last ? block(tile.m0, at_most(tile.mt, rows), k0 + kDepth) : block(next.m0, at_most(next.mt, rows), 0);
+      const float* a = packed_a;
+      if (stride > 0) a = static_cast<const float*>(p.a.source.where(part.m0, k0));
+      else if (p.a.k_dense) pack_rows<Path>(p.a.source, block_a, packed_a);
+      else pack_panels<Path, kMr, kPanelA>(p.a.source, block_a, packed_a, buffers);
+      const int64_t register_tiles = ceil_div(part.mt, kMr) * ceil_div(part.nt, kNr);
+      const Ahead ahead_a(p.a, next_a, kValueBytes, register_tiles), ahead_b(p.b, last_rows ? next_b : Block{}, kValueBytes, register_tiles);
+      const Destination* out = last && p.out.data != nullptr ? &p.out : nullptr;
+      auto* multiply = p.a.k_dense ? &multiply_blocks<Path, true> : &multiply_blocks<Path, false>;
+      multiply(part, block_a.words, a, lda, packed_b, sums + m * kTileN, k0 == 0, out, ahead_a, ahead_b);
+    }
   }
   return sums;
 }
@@ -367,10 +393,10 @@ const bf16_t* Matrix::read_bf16(int64_t row, int64_t col, int64_t count, bf16_t*
 // The cut that takes least, if tiles are dealt in rounds: a word that is packed costs as much as kPacking multiply-adds.
 TileGrid::TileGrid(int64_t M, int64_t N, int threads, int64_t width) : M(M), N(N), tile_m(kMr), tile_n(width > 0 ? width : W) {
   constexpr int64_t kPacking = 8, kTried = 8;
-  const int64_t least_rows = ceil_div(M, kTileM), least_cols = ceil_div(N, width > 0 ? width : kTileN);
+  const int64_t least_rows = ceil_div(M, kTallM), least_cols = ceil_div(N, width > 0 ? width : kTileN);
   int64_t best = INT64_MAX;
   constexpr int64_t kTiny = 1024;      // elements: finding the best cut would take longer than the product
-  if (width == 0 && M * N > 0 && M * N <= kTiny && M <= kTileM && N <= kTileN) {
+  if (width == 0 && M * N > 0 && M * N <= kTiny && M <= kTallM && N <= kTileN) {
     tile_m = ceil_div(M, kMr) * kMr, tile_n = ceil_div(N, W) * W;
     best = 0;
   }

@@ -1,6 +1,6 @@
 // The one matrix product behind the vocabulary head, the cross entropy and the projector: a tile of C = A·B in fp32, by one thread.
 //
-// Each task of an op owns one tile (at most kTileM × kTileN), sums over all of K in fixed blocks, and then applies the op's own epilogue
+// Each task of an op owns one tile (at most kTallM × kTileN), sums over all of K in fixed blocks, and then applies the op's own epilogue
 // to the fp32 tile while it is in cache. Threads share nothing, and the sum behind an element depends neither on the tile that it falls
 // in nor on the thread: results are bit-equal for any number of threads.
 //
@@ -94,7 +94,8 @@ constexpr int64_t kNv = 3;
 constexpr int64_t kNr = kNv * W;
 constexpr int64_t kKc = 192;                   // words of k per block
 constexpr int64_t kTileM = W >= 16 ? 768 : 384;   // the block of A stays in L2: 624 KiB of 1 MiB; older CPUs have 512 KiB
-constexpr int64_t kTileN = 1056;               // the blocks of B and C stream from L3: 0.8 and 3.1 MiB
+constexpr int64_t kTallM = 2 * kTileM;         // a tile may be two blocks of A high, so that B is packed half as often
+constexpr int64_t kTileN = 1056;               // the block of B and the tile of C stream from L3: 0.8 and up to 6.2 MiB
 
 // Strides that are no multiple of 4 KiB: whatever is written side by side falls into different sets of L1.
 constexpr int64_t kLda = kKc + 16;
@@ -102,7 +103,7 @@ constexpr int64_t kPanelA = kMr * kKc + 16;
 constexpr int64_t kPanelB = kNr * kKc + 16;
 constexpr int64_t kWordsA = kTileM * kLda + kPanelA;
 constexpr int64_t kWordsB = kTileN / kNr * kPanelB;
-constexpr int64_t kTileFloats = kTileM * kTileN;
+constexpr int64_t kTileFloats = kTallM * kTileN;
 constexpr int64_t kRowFloats = kTileN + 16;    // one row of an operand inside a block
 constexpr int64_t kScratchFloats = (kWordsA + kWordsB + kTileFloats + W * kRowFloats + 15) / 16 * 16;   // per thread
 static_assert(kTileM % kMr == 0 && kTileN % kNr == 0 && kTileM <= kTileN && kKc % W == 0);
@@ -123,10 +124,6 @@ Tile tile_at(const TileGrid& grid, int64_t number);
 // apart, where it stays in the scratch. next: the tile that this thread is likely to be given next (of size 0: none).
 float* tile_product(const Product& product, const Tile& tile, const Tile& next, float* scratch);
 
-// Rounds a tile into a matrix of `columns` columns.
-inline void narrow_tile(const Tile& tile, const float* c, int64_t stride, void* out, DType dtype, int64_t columns) {
-  for (int64_t i = 0; i < tile.mt; ++i) narrow_row(c + i * stride, tile.nt, out, dtype, (tile.m0 + i) * columns + tile.n0);
-}
 constexpr auto kNoEpilogue = [](const Tile&, float*, int64_t) {};
 
 // Every tile of a product on `threads` threads (scratch: kScratchFloats for each): epilogue(tile, c, stride) while it is in cache, unless
