@@ -31,16 +31,25 @@ class Tile(NamedTuple):
 
 # By capability (0: the interpreter; any blocks do). Wide: on Hopper the tile whose operands stream at full rate, and as many stages as
 # shared memory holds; on Ampere half of it. Narrow: where so much follows the product that a wide tile would spill. Thin: few columns
-# (rows of a decoding step), bound by reading `a` once, so deep rather than wide. float32 is multiplied as three TF32 products.
+# (rows of a decoding step), bound by reading `a` once, so deep rather than wide. float32 is multiplied as three TF32 products. 86 (and 89) and
+# 120 have 99 KiB of shared memory.
 _SMALL = Tile(64, 64, 64, 4, 1)
 _TILES = {
-    ("wide", 16): {0: _SMALL, 80: Tile(128, 128, 64, 8, 3), 90: Tile(128, 256, 64, 8, 4), 100: Tile(128, 256, 64, 8, 3)},
+    ("wide", 16): {
+        0: _SMALL,
+        80: Tile(128, 128, 64, 8, 3),
+        86: Tile(128, 128, 32, 8, 3),
+        90: Tile(128, 256, 64, 8, 4),
+        100: Tile(128, 256, 64, 8, 3),
+    },
     ("narrow", 16): {0: _SMALL, 80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 8, 4)},
     ("thin", 16): {0: Tile(64, 16, 64, 4, 1), 80: Tile(64, 16, 64, 4, 5, 3), 90: Tile(128, 16, 128, 4, 4)},
     ("wide", 32): {0: _SMALL, 80: Tile(64, 64, 32, 4, 3, 2)},
     ("narrow", 32): {0: _SMALL, 80: Tile(64, 64, 32, 4, 3, 2)},
     ("thin", 32): {0: Tile(64, 16, 64, 4, 1), 80: Tile(64, 16, 32, 4, 4, 4)},
 }
+for _table in _TILES.values():
+    _table[120] = _launch.by_capability(_table, 86)
 THIN = 16  # columns up to which a product is thin
 
 
@@ -49,9 +58,10 @@ def tile_for(dtype, capability, kind="wide"):
     return _launch.by_capability(_TILES[kind, 32 if dtype == torch.float32 else 16], capability)
 
 
-def kind_for(columns):
-    """The kind of product that gives so many columns."""
-    return "thin" if columns <= THIN else "wide"
+def kind_for(columns, count_along=""):
+    """The kind of product that gives so many columns. Where the device knows how long the sum is, operands end in zeros up to a multiple of
+    64, which the deep steps of a thin product would overrun."""
+    return "thin" if columns <= THIN and count_along != "K" else "wide"
 
 
 def blocks(dtype, tile):
@@ -189,7 +199,7 @@ def matmul(a_MK, b_KN, c_MN, *, index=None, along="", count=None, count_along=""
     (M, K), N = a_MK.shape, c_MN.shape[1]
     if M == 0 or N == 0:
         return
-    tile = tile_for(a_MK.dtype, _launch.capability(a_MK.device), kind_for(N))
+    tile = tile_for(a_MK.dtype, _launch.capability(a_MK.device), kind_for(N, count_along))
     none = a_MK  # stands for a pointer that is not used
     limit = {"N": b_KN.shape[1], "K": b_KN.shape[0]}.get(along, 0)
     grid = _launch.programs(a_MK.device, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n), tile.per_sm)
@@ -211,7 +221,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def matmul_spec(name, capability, dtype, *, a_dense, b_dense, c_dtype=torch.float32, c_dense="n", columns=1 << 30, along="", count_along="",
                 accumulate=False, factor=False, even=True):  # fmt: skip
     """CompileSpec of one use of `matmul_kernel`. a_dense, b_dense, c_dense: which dimension has stride 1."""
-    tile, kind = tile_for(dtype, capability, kind_for(columns)), TYPES[dtype]
+    tile, kind = tile_for(dtype, capability, kind_for(columns, count_along)), TYPES[dtype]
     strides = {"stride_am", "stride_ak", "stride_bk", "stride_bn", "stride_cm", "stride_cn"}
     dense = {f"stride_a{a_dense}", f"stride_b{b_dense}", f"stride_c{c_dense}"}
     index_kind = "*i64" if along in ("N", "K") else "*i32"

@@ -9,7 +9,7 @@ import torch
 
 from longvita_kernels import backends, linear_cross_entropy, masked_lm_head, pixel_shuffle_projection, testing
 from longvita_kernels.spec import SampleInput, all_specs
-from longvita_kernels.triton import _launch
+from longvita_kernels.triton import _launch, _matmul
 from longvita_kernels.triton import linear_cross_entropy as cross_entropy_kernels
 from longvita_kernels.triton import masked_lm_head as head_kernels
 
@@ -103,6 +103,19 @@ def test_chunks_change_nothing_but_roundings(reduction, monkeypatch):
     assert cross_entropy_kernels._chunk_rows(600, 300, 4) == 128
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_zeros_behind_the_rows_of_a_chunk_suffice(monkeypatch):
+    """A product over a number of rows that only the device knows takes whole steps: none may be deeper than the 64 rows that hold zeros."""
+    tiles = {kind: table for kind, table in _matmul._TILES.items() if kind[0] != "thin"}
+    assert all(64 % tile.k == 0 for table in tiles.values() for tile in table.values())
+    monkeypatch.setitem(_matmul._TILES["thin", 32], 0, _matmul.Tile(64, 16, 128, 4, 1))  # as deep as on an H100
+    hidden, weight, labels = _loss_inputs(tokens=70, width=16)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    for options in ({}, {"low_memory": True}):
+        with testing.poisoned_empty():
+            linear_cross_entropy(hidden, weight, labels, **options).backward()
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
 def test_ignored_rows_are_never_read():
