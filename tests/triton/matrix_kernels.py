@@ -72,6 +72,40 @@ def test_rows_out_of_range_are_clamped():
     assert not head_kernels.backward(grad, none, weight, wild, [True, True])[1].any()
 
 
+# ---------------------------------------------------------------------------------------------------------------------- the matrix product
+
+
+@pytest.mark.parametrize("a_dense", ["k", "m"])
+@pytest.mark.parametrize("b_dense", ["k", "n"])
+def test_whole_blocks_and_pointers_give_the_same_bits(a_dense, b_dense, monkeypatch):
+    """Operands as tensor descriptors, of themselves or of their transposes; no size is a multiple of a block."""
+    M, N, K = 72, 88, 104
+    a = torch.randn(M, K).half() if a_dense == "k" else torch.randn(K, M).half().T
+    b = torch.randn(K, N).half() if b_dense == "n" else torch.randn(N, K).half().T
+    tile, found = _matmul.tile_for(torch.float16, 0), []
+    for tma in (True, False):
+        monkeypatch.setitem(_matmul._TILES["wide", 16], 0, tile._replace(tma=tma))
+        out = torch.empty(M, N)
+        _matmul.matmul(a, b, out)
+        found.append(out)
+    testing.assert_bit_equal(*found)
+    torch.testing.assert_close(found[0], a.float() @ b.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_which_operands_come_as_whole_blocks():
+    tile, a = _matmul.tile_for(torch.float16, 0), torch.randn(40, 48).half()
+    *_, described = _matmul.operands(a, a[:, :24], tile)
+    assert described == {"TMA_A": "k", "TMA_B": "k"}  # a width of 24 of rows 48 apart
+    *_, described = _matmul.operands(a.T, a, tile)
+    assert described == {"TMA_A": "r", "TMA_B": "k"}
+    rows_off, base_off, thin = torch.randn(40, 44).half()[:, :24], a[:, 3:27], a[:, ::2]
+    for wrong in (rows_off, base_off, thin, a[:0]):
+        left, right, described = _matmul.operands(a, wrong, tile)
+        assert left is a and right is wrong and described == {"TMA_A": "", "TMA_B": ""}
+    assert not _matmul.tile_for(torch.float16, 80).tma and not _matmul.tile_for(torch.float16, 120).tma
+    assert all(_matmul.tile_for(torch.bfloat16, capability).tma for capability in (90, 100, 103))
+
+
 # ------------------------------------------------------------------------------------------------------------------- linear_cross_entropy
 
 
