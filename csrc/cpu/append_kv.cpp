@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace longvita::LV_ISA {
@@ -70,8 +71,7 @@ template <class T>
 void append_rows(const AppendArgs& args) {
   const Sequences& s = args.sequences;
   const T *k = reinterpret_cast<const T*>(args.k.data), *v = reinterpret_cast<const T*>(args.v.data);
-#pragma omp parallel for num_threads(args.threads) schedule(static) if (args.k.tokens * args.cache.heads * args.cache.dim > kWorthThreads / 8)
-  for (int64_t t = 0; t < args.k.tokens; ++t) {
+  parallel_steps(args.k.tokens, args.threads, args.k.tokens * args.cache.heads * args.cache.dim > kWorthThreads / 8, [&](int64_t t) {
     const int64_t b = std::upper_bound(s.offsets, s.offsets + s.batch + 1, int32_t(t)) - s.offsets - 1;
     const int64_t position = s.lengths[b] + (t - s.offsets[b]);
     const int64_t row = args.cache.row(b, position), column = args.cache.column(position);
@@ -79,7 +79,7 @@ void append_rows(const AppendArgs& args) {
       write(k + t * args.k.stride_token + h * args.k.stride_head, args.cache, args.cache.k, row, column, h);
       write(v + t * args.v.stride_token + h * args.v.stride_head, args.cache, args.cache.v, row, column, h);
     }
-  }
+  });
 }
 
 void append(const AppendArgs& args) {

@@ -125,8 +125,8 @@ void logits_of(const CrossEntropyArgs& p, const Part& part, bool keep) {
 // Joins the blocks of columns, always in their order; lanes are rows.
 void join_blocks(const CrossEntropyArgs& p, const Part& part) {
   const int64_t blocks = (p.vocab + kTileN - 1) / kTileN, plane = blocks * p.chunk;
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (part.rows * p.vocab * p.width > kWorthThreads)
-  for (int64_t m = 0; m < part.rows; m += W) {
+  parallel_steps((part.rows + W - 1) / W, p.threads, part.rows * p.vocab * p.width > kWorthThreads, [&](int64_t piece) {
+    const int64_t m = piece * W;
     const int lanes = int(part.rows - m < W ? part.rows - m : W);
     vf max = splat(-kInf), exp_sum = vf{}, sum = vf{};
     for (int64_t block = 0; block < blocks; ++block) max = vmax(load_n(p.partial + block * p.chunk + m, lanes), max);
@@ -140,7 +140,7 @@ void join_blocks(const CrossEntropyArgs& p, const Part& part) {
     store_n(out + 2 * p.rows, sum, lanes);
     store_n(out + 3 * p.rows, max, lanes);
     store_n(out + 4 * p.rows, exp_sum, lanes);
-  }
+  });
 }
 
 // Coefficients of the summed loss that is described in cross_entropy.h.
@@ -156,13 +156,12 @@ void loss_coefficients(const CrossEntropyArgs& p, const Part& part) {
 // What was kept of the part's logits into their gradients, in place.
 void differentiate(const CrossEntropyArgs& p, const Part& part) {
   const bool bf16 = keeps_bf16(p.dtype, p.softcap, false);
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (part.rows * part.columns * p.width > kWorthThreads)
-  for (int64_t m = 0; m < part.rows; ++m) {
+  parallel_steps(part.rows, p.threads, part.rows * part.columns * p.width > kWorthThreads, [&](int64_t m) {
     const RowGradient gradient(p, part, m);
     if (!bf16) {
       float* logits = static_cast<float*>(p.logits) + m * part.columns;
       gradient.row(logits, 0, part.columns, logits);
-      continue;
+      return;
     }
     bf16_t* row = static_cast<bf16_t*>(p.logits) + m * part.columns;
     for (int64_t n0 = 0; n0 < part.columns; n0 += kTileN) {      // exp(l - largest of this block of columns)
@@ -175,7 +174,7 @@ void differentiate(const CrossEntropyArgs& p, const Part& part) {
     }
     const bool labelled = gradient.label >= 0 && gradient.label < part.columns;
     if (labelled) store_n(row + gradient.label, gradient(splat(p.statistics[p.rows + part.first + m]), gradient.b), 1);
-  }
+  });
 }
 
 void gradients(const CrossEntropyArgs& p, const Part& part) {
@@ -236,13 +235,13 @@ void run(const CrossEntropyArgs& p) {
 // All threads, because the result is new memory: its first touch costs the system more than the product.
 void scale(const float* values, int64_t count, float factor, DType dtype, void* out, int threads) {
   constexpr int64_t kPiece = 2048;
-#pragma omp parallel for num_threads(threads) schedule(static) if (count > kWorthThreads)
-  for (int64_t from = 0; from < count; from += kPiece) {
+  parallel_steps((count + kPiece - 1) / kPiece, threads, count > kWorthThreads, [&](int64_t piece) {
+    const int64_t from = piece * kPiece;
     float buffer[kPiece];
-    const int64_t piece = count - from < kPiece ? count - from : kPiece;
-    for (int64_t i = 0; i < piece; ++i) buffer[i] = values[from + i] * factor;
-    narrow_row(buffer, piece, out, dtype, from);
-  }
+    const int64_t size = count - from < kPiece ? count - from : kPiece;
+    for (int64_t i = 0; i < size; ++i) buffer[i] = values[from + i] * factor;
+    narrow_row(buffer, size, out, dtype, from);
+  });
 }
 
 }  // namespace

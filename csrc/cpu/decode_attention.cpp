@@ -10,6 +10,7 @@
 #include "decode_plan.h"
 #include "decode_stream.h"
 #include "decode_tiles.h"
+#include "parallel.h"
 
 namespace longvita::LV_ISA {
 namespace {
@@ -239,22 +240,15 @@ void run_typed(const DecodeArgs& args, const Plan& plan) {
   float* partials = args.scratch + args.threads * thread_floats(args.q.dim, args.cache.heads);
   int64_t products = 0;
   for (const Block& block : plan.blocks) products += block.heads * block.rows * (block.last - block.first) * args.q.dim;
-#pragma omp parallel num_threads(args.threads) if (pieces > 1 && products > kWorthThreads / 2)
-  {
-    int thread = 0;
-#ifdef _OPENMP
-    thread = omp_get_thread_num();
-#endif
-    float* memory = args.scratch + thread * thread_floats(args.q.dim, args.cache.heads);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < pieces; ++i) {
-      work<T>(args, plan.blocks[size_t(plan.pieces[size_t(i)].first)], plan.pieces[size_t(i)].second, memory, partials);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < blocks; ++i) {
-      if (plan.blocks[size_t(i)].splits > 1) combine<T>(args, plan.blocks[size_t(i)], partials);
-    }
-  }
+  const bool worth = products > kWorthThreads / 2;
+  parallel_tasks(pieces, args.threads, worth, [&](int64_t i) {
+    const auto& [block, range] = plan.pieces[size_t(i)];
+    float* memory = args.scratch + omp_get_thread_num() * thread_floats(args.q.dim, args.cache.heads);
+    work<T>(args, plan.blocks[size_t(block)], range, memory, partials);
+  });
+  parallel_tasks(plan.partial_rows > 0 ? blocks : 0, args.threads, worth, [&](int64_t i) {
+    if (plan.blocks[size_t(i)].splits > 1) combine<T>(args, plan.blocks[size_t(i)], partials);
+  });
 }
 
 int64_t scratch(const DecodeArgs& args) {

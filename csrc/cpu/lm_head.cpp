@@ -17,13 +17,13 @@ void forward_thin(const LmHeadArgs& p) {
     std::memset(row + p.width, 0, size_t(lda - p.width) * 4);
   }
   constexpr int64_t kColumns = 256;
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.rows * p.vocab * p.width > kWorthThreads)
-  for (int64_t n0 = 0; n0 < p.vocab; n0 += kColumns) {
+  parallel_steps((p.vocab + kColumns - 1) / kColumns, p.threads, p.rows * p.vocab * p.width > kWorthThreads, [&](int64_t piece) {
+    const int64_t n0 = piece * kColumns;
     const int64_t count = p.vocab - n0 < kColumns ? p.vocab - n0 : kColumns;
     float logits[kThinRows * kColumns];
     thin_product(p.gathered, lda, p.rows, p.weight, p.dtype, p.weight_stride, n0, count, p.width, logits, kColumns);
     for (int64_t m = 0; m < p.rows; ++m) narrow_row(logits + m * kColumns, count, p.out, p.dtype, m * p.vocab + n0);
-  }
+  });
 }
 
 void forward(const LmHeadArgs& p) {
@@ -44,11 +44,10 @@ void scatter(const LmHeadArgs& p) {
     }
     for (int64_t n = 0; n < p.width; ++n) p.grad_rows[owner * p.width + n] += p.grad_rows[m * p.width + n];
   }
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t m = 0; m < p.rows; ++m) {
+  parallel_steps(p.rows, p.threads, true, [&](int64_t m) {
     const int64_t row = p.index[m];
     if (p.owner[row] == m) narrow_row(p.grad_rows + m * p.width, p.width, p.grad_hidden, p.dtype, row * p.width);
-  }
+  });
 }
 
 void backward(const LmHeadArgs& p) {

@@ -1,5 +1,6 @@
 #include "merge_attention.h"
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace longvita::LV_ISA {
@@ -27,11 +28,10 @@ T* row(const Rows3& x, int64_t token, int64_t head) {
 template <class T, class Body>
 void each_row(const MergeArgs& args, Body body) {
   const int64_t rows = args.tokens * args.heads;
-#pragma omp parallel for num_threads(args.threads) schedule(static) if (rows * args.dim > kWorthThreads / 8)
-  for (int64_t i = 0; i < rows; ++i) {
+  parallel_steps(rows, args.threads, rows * args.dim > kWorthThreads / 8, [&](int64_t i) {
     const int64_t token = i / args.heads, head = i % args.heads;
     body(token, head, weights(args.lse_a.at(token, head), args.lse_b.at(token, head)));
-  }
+  });
 }
 
 template <class T>

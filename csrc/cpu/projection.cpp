@@ -147,13 +147,12 @@ template <class T>
 void typed_statistics(const ProjectionArgs& p) {
   const Shuffled shuffled(p);
   const int64_t tokens = tokens_of(p), width = 4 * p.channels;
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (tokens * width > kWorthThreads)
-  for (int64_t r = 0; r < tokens; ++r) {
+  parallel_steps(tokens, p.threads, tokens * width > kWorthThreads, [&](int64_t r) {
     const float mean = token_sum<T>(shuffled, r, width, [](vf x) { return x; }) / float(width);
     const float square = token_sum<T>(shuffled, r, width, [mean](vf x) { return (x - mean) * (x - mean); }) / float(width);
     p.stats[r] = mean;
     p.stats[tokens + r] = 1.0f / __builtin_sqrtf(square + p.eps);
-  }
+  });
 }
 void statistics(const ProjectionArgs& p) {
   if (p.dtype == DType::bf16) typed_statistics<bf16_t>(p);
@@ -207,8 +206,8 @@ void forward(const ProjectionArgs& p) {
 // out[n] = Σ_r source[r, n], in two levels so that the error does not grow with the number of rows.
 void column_sums(const RowSource& source, int64_t rows, int64_t width, int threads, float* out) {
   constexpr int64_t kColumns = 64;
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > kWorthThreads)
-  for (int64_t n0 = 0; n0 < width; n0 += kColumns) {
+  parallel_steps((width + kColumns - 1) / kColumns, threads, rows * width > kWorthThreads, [&](int64_t piece) {
+    const int64_t n0 = piece * kColumns;
     const int64_t count = smaller(width - n0, kColumns);
     float total[kColumns] = {}, buffer[kColumns];
     for (int64_t r0 = 0; r0 < rows; r0 += 64) {
@@ -220,14 +219,13 @@ void column_sums(const RowSource& source, int64_t rows, int64_t width, int threa
       for (int64_t n = 0; n < count; ++n) total[n] += part[n];
     }
     std::memcpy(out + n0, total, size_t(count) * 4);
-  }
+  });
 }
 
 void activations_again(const ProjectionArgs& p) {
   constexpr int64_t kPiece = 1024;
   const Matrix act = act_of(p);
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (tokens_of(p) * p.hidden > kWorthThreads)
-  for (int64_t row = 0; row < tokens_of(p); ++row) {
+  parallel_steps(tokens_of(p), p.threads, tokens_of(p) * p.hidden > kWorthThreads, [&](int64_t row) {
     float buffer[kPiece], out[kPiece];
     for (int64_t from = 0; from < p.hidden; from += kPiece) {
       const int64_t count = smaller(p.hidden - from, kPiece);
@@ -238,7 +236,7 @@ void activations_again(const ProjectionArgs& p) {
       }
       narrow_row(out, count, p.act, p.dtype, act.offset(row, from));
     }
-  }
+  });
 }
 
 // The gradient of z takes the place of the activations, which are not needed any more once the gradient of w2 is there.
@@ -299,8 +297,7 @@ void layer_norm(const ProjectionArgs& p) {
   for_each_tile(product, TileGrid(tokens, width, p.threads), p.threads, p.scratch, [&](const Tile& tile, const float* c, int64_t stride) {
     for (int64_t i = 0; i < tile.mt; ++i) shuffled.write_gradient(tile.m0 + i, tile.n0, tile.nt, c + i * stride);
   });
-#pragma omp parallel for num_threads(p.threads) schedule(dynamic) if (tokens * width > kWorthThreads)
-  for (int64_t block = 0; block < blocks; ++block) {
+  parallel_tasks(blocks, p.threads, tokens * width > kWorthThreads, [&](int64_t block) {
     float* grad = p.row_scratch + omp_get_thread_num() * 2 * width;
     float* sum_weight = p.partial == nullptr ? nullptr : p.partial + block * 2 * width;
     if (sum_weight != nullptr) std::memset(sum_weight, 0, size_t(2 * width) * 4);
@@ -310,7 +307,7 @@ void layer_norm(const ProjectionArgs& p) {
       through_layer_norm(p, row, x, grad, sum_weight, sum_weight == nullptr ? nullptr : sum_weight + width);
       if (p.needs_x) shuffled.write_gradient(row, 0, width, grad);
     }
-  }
+  });
   if (p.partial == nullptr) return;
   const Matrix partial_weight(p.partial, DType::f32, 2 * width), partial_bias(p.partial + width, DType::f32, 2 * width);
   column_sums(partial_weight, blocks, width, p.threads, p.grad_ln_weight);

@@ -30,8 +30,6 @@ constexpr bool kBf16Pairs = true;
 #else
 constexpr bool kBf16Pairs = false;
 #endif
-// Multiply-adds (about 10 µs of them) below which waking other threads costs more than it brings.
-constexpr int64_t kWorthThreads = 1 << 17;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 

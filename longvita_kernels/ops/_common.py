@@ -67,7 +67,7 @@ def _refuse_tangents(op, tensors):
 
 def _nobody_listens(tensors):
     if (
-        torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _len_torch_function_stack()
+        _is_compiling() or _len_torch_dispatch_stack() or _len_torch_function_stack()
         or _peek_interpreter_stack() is not None or _profiler_enabled() or _is_tracing()
     ):  # fmt: skip
         return False
@@ -82,7 +82,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Asked in every call, so each is looked up once.
 _len_torch_dispatch_stack, _len_torch_function_stack = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _peek_interpreter_stack, _is_tracing = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
-_profiler_enabled = torch.autograd._profiler_enabled
+_profiler_enabled, _is_compiling = torch.autograd._profiler_enabled, torch.compiler.is_compiling
 
 
 def dense_like(tensor):

@@ -6,7 +6,7 @@ from longvita_kernels import native
 
 
 def scratch():
-    """Working memory of the matrix product for the current number of threads: about 4.6 MiB each."""
+    """Working memory of the matrix product for the current number of threads: about 7.7 MiB each."""
     return torch.empty(torch.get_num_threads() * native.load().gemm_scratch_floats(), dtype=torch.float32)
 
 

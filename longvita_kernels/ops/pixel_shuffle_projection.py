@@ -48,7 +48,7 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
     → (N, rows/2 · cols/2, O) in x's dtype. All seven tensors take gradients; those that are frozen skip their part of the work.
 
     Statistics, sums and GELU are in float32. Memory beside inputs and outputs: GELU(z), and z if a gradient may follow, (tokens, D) each;
-    backward one (tokens, D), and a tensor like x if x is frozen but LayerNorm is not; per thread 4.6 MiB and two tokens of floats.
+    backward one (tokens, D), and a tensor like x if x is frozen but LayerNorm is not; per thread 7.7 MiB and two tokens of floats.
     Autocast casts x, weights and biases like `linear`, and leaves ln_weight and ln_bias.
     Raises ValueError for shapes, dtypes, devices or strides that do not fit.
     """
@@ -64,10 +64,11 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
 def _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token):
     if len(grid) != 2 or grid[0] <= 0 or grid[0] % 2 or grid[1] <= 0 or grid[1] % 2:
         raise ValueError(f"grid is {tuple(grid)}; expected (rows, cols) of patches, both even and positive: 2 × 2 of them make a token")
-    length, width, hidden = grid[0] * grid[1] + int(class_token), 4 * x.shape[-1], w1.shape[0]
+    shape, w1_shape, w2_shape = x.shape, w1.shape, w2.shape
+    length, width, hidden = grid[0] * grid[1] + int(class_token), 4 * shape[-1], w1_shape[0]
     if (  # what follows would find nothing; in one call instead of a dozen
-        b1 is None and b2 is None and _common.common_case(x, w1, w2, ln_weight, ln_bias) and x.dim() == 3 and x.shape[1] == length
-        and w1.shape == (hidden, width) and w2.dim() == 2 and w2.shape[1] == hidden and ln_weight.shape == (width,) == ln_bias.shape
+        b1 is None and b2 is None and _common.common_case(x, w1, w2, ln_weight, ln_bias) and len(shape) == 3 and shape[1] == length
+        and w1_shape == (hidden, width) and w2_shape == (w2_shape[0], hidden) and ln_weight.shape == (width,) == ln_bias.shape
     ):  # fmt: skip
         return
     legend = f"(N, rows·cols{' + 1' if class_token else ''}, C)"
@@ -124,32 +125,23 @@ def _sizes(x, w1, w2, grid):
     return (tiles, *grid, channels, w1.shape[0], w2.shape[0]), tiles * (grid[0] // 2) * (grid[1] // 2)
 
 
-def _native_arguments(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, stats, z, act, more=0):
-    """(what forward and backward share, what it points to and must live as long). stats, z and act are addresses; with `more`, act and then
-    stats lie at the end of the scratch, `more` floats for act."""
-    module, threads, (tile, patch, _) = native.load(), torch.get_num_threads(), x.stride()
-    sizes, tokens = _sizes(x, w1, w2, grid)
-    vectors = [_vector(t) for t in (ln_weight, ln_bias, b1, b2)]
-    rows, product = -(-threads * 2 * 4 * x.shape[2] // 16) * 16, threads * module.gemm_scratch_floats()
-    scratch = torch.empty(rows + product + (2 * tokens + more if more else 0), dtype=torch.float32)
-    at = scratch.data_ptr()
-    if more:
-        act, stats = at + 4 * (rows + product), at + 4 * (rows + product + more)
-    ln_weight, ln_bias, b1, b2 = [0 if t is None else t.data_ptr() for t in vectors]
-    first = x.data_ptr() + (patch * x.element_size() if class_token and tokens else 0)
+def _native_arguments(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps, stats, z):
+    """(what forward and backward share, what it points to and must live as long). stats and z are addresses; 0: nobody keeps them."""
+    module, threads, (tile, patch, _), (tiles, _, channels) = native.load(), torch.get_num_threads(), x.stride(), x.shape
+    dtype, sizes = native.dtype_code(x.dtype), (tiles, *grid, channels, w1.shape[0], w2.shape[0])
+    workspace = torch.empty(module.pixel_shuffle_projection_workspace(dtype, sizes, threads), dtype=torch.float32)
+    ln_weight, ln_bias, b1, b2 = vectors = _vector(ln_weight), _vector(ln_bias), _vector(b1), _vector(b2)
+    first = x.data_ptr() + (patch * x.element_size() if class_token and tiles else 0)
     return (
-        native.dtype_code(x.dtype), sizes, first, (tile, patch), ln_weight, ln_bias, w1.data_ptr(), w1.stride(0), b1, w2.data_ptr(),
-        w2.stride(0), b2, eps, stats, z, act, at + 4 * rows, at, threads,
-    ), (vectors, scratch)  # fmt: skip
-
-
-def _act_stride(hidden, dtype):
-    return native.load().pixel_shuffle_projection_act_stride(hidden, native.dtype_code(dtype))
+        dtype, sizes, first, (tile, patch), ln_weight.data_ptr(), ln_bias.data_ptr(), w1.data_ptr(), w1.stride()[0],
+        0 if b1 is None else b1.data_ptr(), w2.data_ptr(), w2.stride()[0], 0 if b2 is None else b2.data_ptr(),
+        eps, stats, z, workspace.data_ptr(), threads,
+    ), (vectors, workspace)  # fmt: skip
 
 
 def _vector(tensor):
     """As the kernel reads it: float32, dense; None stays None."""
-    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
         return tensor
     tensor = _common.plain(tensor)
     return (tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32)).contiguous()
@@ -164,10 +156,8 @@ def _forward_impl(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps,
         return outputs[0] if only_out else outputs
     native_runs = backend == "native"
     if native_runs and only_out:
-        tiles, tokens = x.shape[0], (grid[0] // 2) * (grid[1] // 2)
-        y = torch.empty(tiles, tokens, w2.shape[0], dtype=x.dtype)
-        more = max(1, -(-tiles * tokens * _act_stride(w1.shape[0], x.dtype) * x.element_size() // 4))  # floats for act
-        arguments, alive = _native_arguments(*inputs, grid, class_token, eps, 0, 0, 0, more)
+        y = x.new_empty(x.shape[0], (grid[0] // 2) * (grid[1] // 2), w2.shape[0])
+        arguments, alive = _native_arguments(*inputs, grid, class_token, eps, 0, 0)
         native.load().pixel_shuffle_projection_forward(*arguments, y.data_ptr())
         return y
     y, z, stats = _forward_fake(*inputs, grid, class_token, eps, save)
@@ -177,8 +167,7 @@ def _forward_impl(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps,
     if not native_runs:
         y = _common.run_reference(reference, x, ln_weight, ln_bias, w1, w2, b1=b1, b2=b2, grid=grid, class_token=class_token, eps=eps)
         return y if only_out else (y, z.zero_(), stats.zero_())  # its backward runs the definition again and reads neither
-    act = x.new_empty(stats.shape[1], _act_stride(w1.shape[0], x.dtype))
-    arguments, alive = _native_arguments(*inputs, grid, class_token, eps, stats.data_ptr(), z.data_ptr(), act.data_ptr())
+    arguments, alive = _native_arguments(*inputs, grid, class_token, eps, stats.data_ptr(), z.data_ptr())
     native.load().pixel_shuffle_projection_forward(*arguments, y.data_ptr())
     return y, z, stats
 
@@ -216,8 +205,7 @@ def _backward_impl(grad, x, ln_weight, ln_bias, w1, b1, w2, b2, z, stats, grid, 
         out_x[:, 0].zero_()
     blocks = -(-tokens // module.pixel_shuffle_projection_block_rows())
     partial = torch.empty(max(blocks, 1) if need_lw or need_lb else 0, 2, 4 * channels, dtype=torch.float32)
-    act = x.new_empty(tokens, _act_stride(hidden, x.dtype))
-    arguments, alive = _native_arguments(*inputs, grid, class_token, eps, stats.data_ptr(), z.data_ptr(), act.data_ptr())
+    arguments, alive = _native_arguments(*inputs, grid, class_token, eps, stats.data_ptr(), z.data_ptr())
     module.pixel_shuffle_projection_backward(
         *arguments, grad.data_ptr(), grad.stride(0), need_x, partial.data_ptr(), patches.stride()[:2] if patches.numel() else (0, 0),
         (patches.data_ptr(), vector[0].data_ptr(), vector[1].data_ptr(), out_w1.data_ptr(), vector[2].data_ptr(),

@@ -10,11 +10,10 @@
 //
 // m, n, k: rows of C, columns of C, the summed dimension. M, N, K: their sizes.
 #pragma once
-#include <omp.h>
-
 #include <cstdint>
 
 #include "longvita/dtype.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace longvita::LV_ISA {
@@ -130,11 +129,10 @@ constexpr auto kNoEpilogue = [](const Tile&, float*, int64_t) {};
 // the product has a destination.
 template <class Epilogue = decltype(kNoEpilogue)>
 void for_each_tile(const Product& product, const TileGrid& grid, int threads, float* scratch, const Epilogue& epilogue = kNoEpilogue) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (grid.count() > 1 && grid.M * grid.N * product.K > kWorthThreads)
-  for (int64_t i = 0; i < grid.count(); ++i) {
+  parallel_tasks(grid.count(), threads, grid.M * grid.N * product.K > kWorthThreads, [&](int64_t i) {
     const Tile tile = tile_at(grid, i), next = i + threads < grid.count() ? tile_at(grid, i + threads) : Tile{};
     epilogue(tile, tile_product(product, tile, next, scratch + omp_get_thread_num() * kScratchFloats), kTileN);
-  }
+  });
 }
 
 // out[m, n - n0] = Σ_k a[m, k]·b[n, k] for a few rows m: reads b in place and once, which is what decoding needs.
