@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.harness import OURS, Case, Setup, generator
-from longvita_kernels import decode_attention, testing
+from longvita_kernels import decode_attention, memory, testing
 from longvita_kernels.ops.decode_attention import SPEC
 from longvita_kernels.spec import SampleInput
 
@@ -17,14 +17,19 @@ from longvita_kernels.spec import SampleInput
 def _quantised(cache):
     """int8 codes and their scales (B, S, Hkv), as append_kv makes them."""
     scale = cache.float().abs().amax(-1) / 127
-    return (cache.float() / scale.unsqueeze(-1)).round().to(torch.int8), scale
+    return _cache((cache.float() / scale.unsqueeze(-1)).round().to(torch.int8)), _cache(scale)
+
+
+def _cache(values):
+    """In memory such as a model's cache has."""
+    return memory.empty(values.shape, dtype=values.dtype, device=values.device).copy_(values)
 
 
 def _build(cached, heads, dim, dtype, sequences=1):
     random = generator()
     query_heads, kv_heads = heads
     q = torch.randn(sequences, query_heads, dim, generator=random).to(dtype)
-    k, v = (torch.randn(sequences, cached, kv_heads, dim, generator=random).to(dtype) for _ in range(2))
+    k, v = (_cache(torch.randn(sequences, cached, kv_heads, dim, generator=random).to(dtype)) for _ in range(2))
     cu_seqlens_q, lengths = torch.arange(sequences + 1, dtype=torch.int32), torch.full((sequences,), cached, dtype=torch.int32)
     (k8, k_scale), (v8, v_scale) = _quantised(k), _quantised(v)
     scales = {"k_scale": k_scale, "v_scale": v_scale}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.harness import interleave, once
-from longvita_kernels import backends, native
+from longvita_kernels import backends, memory, native
 
 MM_SIZES = (4096, 1024)  # the second where the first would take longer than MM_SECONDS: bf16 on a CPU that has no such instruction
 MM_SECONDS = 5.0
@@ -81,7 +81,7 @@ def read(device: str = "cpu") -> tuple[Callable[[], object], int]:
     if device == "cuda":
         source, target = (torch.zeros(READ_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
         return lambda: target.copy_(source), 2 * READ_BYTES
-    data, module, threads = torch.zeros(READ_BYTES, dtype=torch.uint8), native.load(), torch.get_num_threads()
+    data, module, threads = memory.empty(READ_BYTES, dtype=torch.uint8).zero_(), native.load(), torch.get_num_threads()
     size = READ_BYTES // (64 * threads) * (64 * threads)
     return lambda: (module.machine_read(data.data_ptr(), size, threads), data), size
 

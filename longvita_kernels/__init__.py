@@ -23,7 +23,7 @@ __all__ = [
 # Names that live elsewhere than in ops.<name>; the class is what plan_context_parallel returns, for annotations.
 _PLACES = {"ContextParallelPlan": "ring.plan", "plan_context_parallel": "ring.plan", "ring_attention": "ring.attention"}
 
-_SUBMODULES = ("backends", "native", "spec", "testing")
+_SUBMODULES = ("backends", "memory", "native", "spec", "testing")
 
 
 def __getattr__(name):

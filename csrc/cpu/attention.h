@@ -39,7 +39,7 @@ inline int64_t even_piece(int64_t keys, int64_t target) {
 
 // Keys of one backward task: long enough that loading the query blocks anew for each partition costs little, at least four to a long
 // document. It follows from the document alone, as the sums in dq do.
-inline int64_t partition_of(int64_t keys) { return even_piece(keys, std::clamp<int64_t>(keys / 4, 256, 1024)); }
+inline int64_t partition_of(int64_t keys) { return even_piece(keys, std::clamp<int64_t>(keys / 4, 512, 1024)); }
 
 // Piece `piece` (forward: query block, backward: key partition) of every unit in [unit0, unit1); unit = document * kv_heads + KV head.
 struct AttentionTask {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longvita.config import TextConfig
-from longvita_kernels import append_kv, decode_attention, varlen_attention
+from longvita_kernels import append_kv, decode_attention, memory, varlen_attention
 
 # Up to this many new tokens per sequence decode_attention reads the cache once for all of them; above it, varlen_attention over the cached
 # prefix blocks over queries too and wins.
@@ -32,8 +32,8 @@ class KVCache:
         self.block, self.capacity = block, 0
         self.lengths = [0] * batch_size
         shape = (batch_size, 0, config.num_kv_heads, config.head_dim)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        self.keys = [memory.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        self.values = [memory.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.reserve(capacity)
 
     @property

@@ -138,7 +138,8 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     if vocab_group is None and reduction != "none" and any(needs) and not low_memory:
         return _summed(hidden, weight, labels, needs, ignore_index, reduction, loss_weight, softcap, z_loss, label_smoothing, return_stats)
-    statistics = _rows(hidden, weight, labels, ignore_index, softcap, vocab_start, vocab_size)
+    options = (ignore_index, softcap, vocab_start, vocab_size)
+    statistics = _common.call(_rows, _rows_impl, (hidden, weight, labels), *options)
     if vocab_group is not None:
         statistics = _vocab_parallel.join_statistics(statistics, vocab_group)
     everything = torch.arange(labels.shape[0], device=labels.device)
@@ -156,9 +157,8 @@ def _summed(hidden, weight, labels, needs, ignore_index, reduction, loss_weight,
     keep = _kept_bytes(hidden, rows.shape[0], softcap, backend) if needs[1] and not compiling else 0
     picked = labels[rows]
     picked_weight = None if loss_weight is None else loss_weight[rows]
-    loss, statistics, _, _ = _loss(
-        hidden, weight, rows, picked, picked_weight, ignore_index, softcap, z_loss, label_smoothing, needs, keep
-    )  # fmt: skip
+    tensors = (hidden, weight, rows, picked, picked_weight)
+    loss, statistics, _, _ = _common.call(_loss, _loss_impl, tensors, ignore_index, softcap, z_loss, label_smoothing, needs, keep)
     supervised = picked != ignore_index
     if reduction == "mean":
         loss = loss / _divisor(supervised.to(loss.dtype) if loss_weight is None else picked_weight * supervised)
@@ -295,7 +295,7 @@ def _loss_setup_context(ctx, inputs, output):
 def _loss_backward(ctx, grad, *unused):
     if grad is None:
         return (None,) * 11
-    grads = _loss_grad(grad, *ctx.saved_tensors, ctx.needs, ctx.keep)
+    grads = _common.call(_loss_grad, _loss_grad_impl, (grad, *ctx.saved_tensors), ctx.needs, ctx.keep)
     return *(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), *(None,) * 9
 
 
@@ -368,7 +368,7 @@ def _rows_backward(ctx, grad):
     needs = list(ctx.needs_input_grad[:2])
     if grad is None:
         return (None,) * 7
-    grads = _rows_grad(grad, *ctx.saved_tensors, *ctx.options, needs)
+    grads = _common.call(_rows_grad, _rows_grad_impl, (grad, *ctx.saved_tensors), *ctx.options, needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
 
 

@@ -163,7 +163,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     needs = list(ctx.needs_input_grad[:2])
-    grads = _lm_head_backward(grad, *ctx.saved_tensors, needs)
+    grads = _common.call(_lm_head_backward, _backward_impl, (grad, *ctx.saved_tensors), needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 

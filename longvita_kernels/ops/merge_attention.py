@@ -160,7 +160,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out, grad_lse):
     needs = list(ctx.needs_input_grad)
-    grads = _merge_backward(grad_out, grad_lse, *ctx.saved_tensors, needs)
+    grads = _common.call(_merge_backward, _backward_impl, (grad_out, grad_lse, *ctx.saved_tensors), needs)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 

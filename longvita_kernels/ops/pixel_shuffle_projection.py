@@ -58,7 +58,7 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
     if _common.is_direct(_project, tensors):  # no gradient follows
         return _forward_impl(*tensors, grid, class_token, eps, False, only_out=True)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return _project(*tensors, list(grid), class_token, eps, save)[0]
+    return _common.call(_project, _forward_impl, tensors, list(grid), class_token, eps, save)[0]
 
 
 def _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token):
@@ -232,7 +232,7 @@ def _backward(ctx, grad, *unused):
     needs = list(ctx.needs_input_grad[:7])
     if grad is None:
         return (None,) * 11
-    grads = _project_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    grads = _common.call(_project_backward, _backward_impl, (grad, *ctx.saved_tensors), *ctx.options, needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None
 
 

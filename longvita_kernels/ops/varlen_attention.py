@@ -303,7 +303,7 @@ def _backward(ctx, grad_out, grad_lse, _):
     needs = list(ctx.needs_input_grad[:3])
     if grad_out is None and grad_lse is None:
         return (None,) * 12
-    grads = _varlen_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.settings, needs)
+    grads = _common.call(_varlen_backward, _backward_impl, (grad_out, grad_lse, *ctx.saved_tensors), *ctx.settings, needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 

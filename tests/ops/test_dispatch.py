@@ -18,27 +18,48 @@ def inputs():
 
 
 @pytest.fixture
-def direct(monkeypatch):
-    """Whether each call so far went past the dispatcher."""
-    seen, decide = [], _common._nobody_listens
-    monkeypatch.setattr(_common, "_nobody_listens", lambda tensors: seen.append(decide(tensors)) or seen[-1])
+def listeners(monkeypatch):
+    """Whom each call so far was made for: None, "autograd" or the "dispatcher"."""
+    seen, find = [], _common._listener
+    monkeypatch.setattr(_common, "_listener", lambda op, tensors: seen.append(find(op, tensors)) or seen[-1])
     return seen
 
 
-def test_a_plain_call_is_direct_and_gives_the_same_bits(inputs, direct):
+def test_a_plain_call_is_direct_and_gives_the_same_bits(inputs, listeners):
     out, lse = merge_attention(*inputs)
     through, through_lse = torch.ops.longvita.merge_attention(*inputs)
-    assert direct == [True]
+    assert listeners == [None]
     assert torch.equal(out, through) and torch.equal(lse, through_lse)
     assert not out.requires_grad
 
 
-def test_gradients_go_through_the_dispatcher_unless_they_are_off(inputs, direct):
+def test_autograd_alone_is_served_without_the_dispatcher(inputs, listeners):
     inputs[0].requires_grad_()
-    assert merge_attention(*inputs)[0].requires_grad
+    out, lse = merge_attention(*inputs)
+    assert out.grad_fn.name() == "merge_attentionBackward"
     with torch.no_grad():
         assert not merge_attention(*inputs)[0].requires_grad
-    assert direct == [False, True]
+    assert listeners == ["autograd", None]
+    grad = torch.randn_like(out)
+    (direct,) = torch.autograd.grad(out, inputs[0], grad)
+    through = torch.ops.longvita.merge_attention(*inputs)[0]
+    assert through.grad_fn.name() != out.grad_fn.name()
+    assert torch.equal(direct, torch.autograd.grad(through, inputs[0], grad)[0])
+
+
+def test_a_second_derivative_is_refused_on_both_ways(inputs):
+    inputs[0].requires_grad_()
+    for function in (merge_attention, torch.ops.longvita.merge_attention):
+        (first,) = torch.autograd.grad(function(*inputs)[0].square().sum(), inputs[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            first.sum().backward()
+
+
+def test_an_unused_gradient_is_not_computed(inputs):
+    """needs_input_grad reaches the implementation on the direct way as well."""
+    inputs[2].requires_grad_()
+    merge_attention(*inputs)[0].sum().backward()
+    assert inputs[0].grad is None and inputs[2].grad is not None
 
 
 def test_forward_mode_is_refused_rather_than_ignored(inputs):
@@ -48,7 +69,7 @@ def test_forward_mode_is_refused_rather_than_ignored(inputs):
             merge_attention(forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0])), *inputs[1:])
 
 
-def test_dispatch_modes_and_fake_tensors_see_the_op(inputs, direct):
+def test_dispatch_modes_and_fake_tensors_see_the_op(inputs, listeners):
     class Names(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             self.names = [*getattr(self, "names", []), str(function)]
@@ -60,28 +81,28 @@ def test_dispatch_modes_and_fake_tensors_see_the_op(inputs, direct):
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) for x in inputs]
         assert type(merge_attention(*fake)[0]) is type(fake[0])
-    assert direct == [False, False]
+    assert listeners == ["dispatcher"] * 2
 
 
-def test_the_profiler_sees_the_op(inputs, direct):
+def test_the_profiler_sees_the_op(inputs, listeners):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         merge_attention(*inputs)
     assert any(event.name == "longvita::merge_attention" for event in profile.events())
-    assert direct == [False]
+    assert listeners == ["dispatcher"]
 
 
-def test_functional_transforms_are_refused_rather_than_ignored(inputs, direct):
+def test_functional_transforms_are_refused_rather_than_ignored(inputs, listeners):
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(lambda out: merge_attention(out, *inputs[1:])[0].sum())(inputs[0])
-    assert direct == [False]
+    assert listeners == ["dispatcher"]
 
 
-def test_subclasses_go_through_the_dispatcher(inputs, direct):
+def test_subclasses_go_through_the_dispatcher(inputs, listeners):
     class Mine(torch.Tensor):
         pass
 
     merge_attention(inputs[0].as_subclass(Mine), *inputs[1:])
-    assert direct == [False]
+    assert listeners == ["dispatcher"]
 
 
 def test_the_short_checks_accept_only_what_the_long_ones_do(monkeypatch):
