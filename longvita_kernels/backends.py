@@ -4,7 +4,7 @@
     cuda         GPU kernels of this package in CUDA C++, for the ops in CUDA_OPS (on CPU tensors under LONGVITA_CUDA_EMULATED, for tests)
     triton       GPU kernels of this package (on CPU tensors under TRITON_INTERPRET=1, for tests)
     flash_attn   the package of that name, for varlen_attention on a GPU, for those who have it
-    torch        the fastest way inside torch, for the ops in TORCH_OPS
+    torch        the fastest way inside torch, any device: the inputs' own dtype, torch's attention kernels, products of cuBLAS
     reference    plain torch, float32 inside: the definition, any device
 
     backends.available()                     # ("native", "torch", "reference"): what this machine can run, best first
@@ -13,9 +13,9 @@
     backends.explain("merge_attention", out_a, lse_a, out_b, lse_b)
 
 Without a request a CPU gets `native`. A GPU gets the fastest backend that VERIFIED names for the op on that architecture: a kernel that
-never ran on hardware is never a default. Where nothing is named, and where a part is missing, plain torch runs, with one warning.
+never ran on hardware is never a default. Where nothing is named a GPU gets `torch`, with one warning; a CPU without native the reference.
 The environment variable LONGVITA_BACKEND is a request like `use`. A request that cannot be met raises `RuntimeError`; a request for
-`cuda`, `flash_attn` or `torch` concerns the ops that they have, the others are chosen as without it.
+`cuda` or `flash_attn` concerns the ops that they have, the others are chosen as without it.
 """
 
 import functools
@@ -32,11 +32,10 @@ from longvita_kernels import native
 NAMES = ("native", "cuda", "triton", "flash_attn", "torch", "reference")  # best first
 _KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _HALF_DTYPES = frozenset((torch.bfloat16, torch.float16))
-# Ops that are written for these; every op has a reference, and native and triton kernels.
+# Ops that are written for these; every other backend has all ops.
 CUDA_OPS = frozenset(("varlen_attention", "merge_attention", "masked_lm_head"))
 FLASH_OPS = frozenset(("varlen_attention",))
-TORCH_OPS = frozenset(("varlen_attention", "decode_attention"))
-_CONCERNS = {"cuda": CUDA_OPS, "flash_attn": FLASH_OPS, "torch": TORCH_OPS}
+_CONCERNS = {"cuda": CUDA_OPS, "flash_attn": FLASH_OPS}
 
 
 class Verified(NamedTuple):
@@ -46,7 +45,8 @@ class Verified(NamedTuple):
     result: str
 
 
-# (op, architecture such as "sm_90") → Verified, the fastest first. bench/gpu.sh makes the results that an entry needs; so far no GPU has.
+# (op, architecture such as "sm_90") → Verified, the fastest first. bench/gpu.sh makes the results that an entry needs, and a test
+# (bench/verified.py) holds it to them; so far no GPU has.
 VERIFIED: dict[tuple[str, str], tuple[Verified, ...]] = {}
 
 
@@ -183,15 +183,14 @@ def _decide(op, tensor, unsupported, cuda_cannot=None):
         if reason is None:
             return request, _requested_words(op, request, tensor), False
         raise RuntimeError(f"backend {request!r} was requested but cannot run {op}: {reason}")
-    plain = "torch" if op in TORCH_OPS and tensor.dtype in _KERNEL_DTYPES else "reference"
     if tensor.device.type == "cuda":
         arch = architecture(tensor.device)
         for verified in VERIFIED.get((op, arch), ()):
             if _cannot(verified.backend, op, tensor, unsupported, cuda_cannot) is None:
                 return verified.backend, f"the fastest verified on {arch}, see {verified.result}", False
         if tensor.dtype not in _KERNEL_DTYPES:
-            return plain, f"kernels take float32, bfloat16 and float16, not {tensor.dtype}", False
-        return plain, unsupported or f"no kernel is verified on {arch} yet; backends.use('triton') asks for ours", True
+            return "reference", f"kernels take float32, bfloat16 and float16, not {tensor.dtype}", False
+        return "torch", unsupported or f"no kernel is verified on {arch} yet; backends.use('triton') asks for ours", True
     reason = _cannot("native", op, tensor, unsupported, None)
     if reason is None:
         return "native", f"the best for device 'cpu' and {tensor.dtype}", False

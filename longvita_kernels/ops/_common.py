@@ -124,7 +124,8 @@ def plain(tensor):
 
 
 def run_reference(reference, *args, **kwargs):
-    """`reference(*args, **kwargs)` without gradients and outside autocast, as the body of a flat op: outputs are fresh and dense."""
+    """`reference(*args, **kwargs)` (or another way inside torch) without gradients and outside autocast, as the body of a flat op: outputs
+    are fresh and dense."""
     with torch.no_grad(), _no_autocast(args):
         outputs = reference(*args, **kwargs)
     if isinstance(outputs, torch.Tensor):

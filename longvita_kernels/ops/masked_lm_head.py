@@ -15,6 +15,7 @@ import torch
 
 from longvita_kernels import backends, native
 from longvita_kernels.ops import _common, _gemm
+from longvita_kernels.ops._products import product
 from longvita_kernels.spec import OpSpec, SampleInput, nbytes
 
 
@@ -90,6 +91,31 @@ def _on_gpu(backend):
     return masked_lm_head
 
 
+def _torch_forward(hidden, weight, rows):
+    if hidden.shape[0] == 0:
+        return hidden.new_zeros(rows.shape[0], weight.shape[0])
+    return base(hidden, weight, rows.clamp(0, hidden.shape[0] - 1))  # nobody may look at rows on a GPU
+
+
+def _torch_backward(grad, hidden, weight, rows, needs):
+    """Two products at their own speed; what rows asked for several times get is added up in float32, and no T × H of that exists."""
+    grad_hidden, grad_weight = (torch.zeros_like(x) if need else _common.absent(x) for x, need in zip((hidden, weight), needs, strict=True))
+    if hidden.shape[0] == 0 or rows.shape[0] == 0:
+        return grad_hidden, grad_weight
+    rows = rows.clamp(0, hidden.shape[0] - 1)
+    if needs[0]:
+        ordered, order = rows.sort(stable=True)
+        starts = torch.ones_like(ordered)
+        starts[1:] = ordered.diff() != 0
+        group_M = torch.empty_like(rows).index_copy_(0, order, starts.cumsum(0) - 1)  # the same number for equal rows
+        sums = torch.zeros(rows.shape[0], hidden.shape[1], dtype=_common.compute_dtype(hidden), device=hidden.device)
+        sums.index_put_((group_M,), product(grad, weight), accumulate=True)  # sorts: the order of sums is the same in every run
+        grad_hidden.index_put_((rows,), sums[group_M].to(hidden.dtype))
+    if needs[1]:
+        torch.mm(grad.T, hidden[rows], out=grad_weight)
+    return grad_hidden, grad_weight
+
+
 def _native_arguments(hidden, weight, rows, scratch):
     return (
         native.dtype_code(hidden.dtype), *hidden.shape, weight.shape[0], rows.shape[0],
@@ -102,8 +128,8 @@ def _forward_impl(hidden, weight, rows):
     backend = backends.choose("masked_lm_head", hidden, None, lambda: cuda_cannot(hidden=hidden))
     if backend != "native":
         check_rows(rows, hidden.shape[0])  # the native kernel does so itself
-    if backend == "reference":
-        return _common.run_reference(reference, hidden, weight, rows)
+    if backend in ("reference", "torch"):
+        return _common.run_reference(reference if backend == "reference" else _torch_forward, hidden, weight, rows)
     if backend != "native":
         return _on_gpu(backend).forward(hidden, weight, rows)
     logits, rows, module = _forward_fake(hidden, weight, rows), rows.contiguous(), native.load()
@@ -124,6 +150,8 @@ def _backward_impl(grad, hidden, weight, rows, needs):
     backend = backends.choose("masked_lm_head", hidden, None, lambda: cuda_cannot(hidden=hidden))
     if backend == "reference":
         return _common.reference_gradients(lambda h, w: reference(h, w, rows), (hidden, weight), needs, (grad,))
+    if backend == "torch":
+        return _common.run_reference(_torch_backward, grad, hidden, weight, rows, needs)
     if backend != "native":
         return _on_gpu(backend).backward(grad, hidden, weight, rows, needs)
     grad, rows, scratch = _gemm.dense_rows(grad), rows.contiguous(), _gemm.take(_gemm.scratch_floats())

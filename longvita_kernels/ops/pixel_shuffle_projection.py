@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from longvita_kernels import backends, native
-from longvita_kernels.ops import _common, _gemm
+from longvita_kernels.ops import _common, _gemm, _projector_path
 from longvita_kernels.spec import OpSpec, SampleInput, nbytes
 
 
@@ -163,6 +163,9 @@ def _forward_impl(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps,
         _gemm.give_back(alive[1])
         return y
     y, z, stats = _forward_fake(*inputs, grid, class_token, eps, save)
+    if backend == "torch":
+        y, z_all = _common.run_reference(_projector_path.forward, *inputs, grid, class_token, eps)
+        return y if only_out else (y, z_all if save else z, stats.zero_())  # its backward makes the statistics again
     if not native_runs:
         y = _common.run_reference(reference, x, ln_weight, ln_bias, w1, w2, b1=b1, b2=b2, grid=grid, class_token=class_token, eps=eps)
         return y if only_out else (y, z.zero_(), stats.zero_())  # its backward runs the definition again and reads neither
@@ -183,6 +186,8 @@ def _backward_impl(grad, x, ln_weight, ln_bias, w1, b1, w2, b2, z, stats, grid, 
     backend = _backend(x)
     if backend == "triton":
         return _triton().backward(grad, *inputs, z, stats, grid, class_token, eps, needs)
+    if backend == "torch":
+        return _common.run_reference(_projector_path.backward, grad, *inputs, z, grid, class_token, eps, needs)
     if backend == "reference":
 
         def definition(x, ln_weight, ln_bias, w1, b1, w2, b2):

@@ -150,6 +150,8 @@ def _check(q, k, v, cu_q, cu_k, window_size, softcap, softmax_scale):
         _common.check_cu_seqlens("cu_seqlens_k", cu_k, q.device)
         if cu_q.shape != cu_k.shape:
             raise ValueError(f"cu_seqlens_q has {len(cu_q)} entries but cu_seqlens_k has {len(cu_k)}; both describe the same documents")
+    if len(cu_q) == 1 and q.shape[0] + k.shape[0]:  # a kernel would read the offset behind it
+        raise ValueError(f"cu_seqlens_q names no document, but there are {q.shape[0]} queries and {k.shape[0]} keys; end it with them")
 
 
 def _check_offsets(q, k, cu_q, cu_k):
@@ -224,20 +226,16 @@ def _forward_impl(
     return out, lse, lse_rest
 
 
-def _widened(result, *tensors):
-    return tensors if result is None else tuple(tensor.to(torch.promote_types(tensor.dtype, result)) for tensor in tensors)
-
-
 def _forward_elsewhere(backend, q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, result):
     """out, lse and its rest on any backend but native."""
     if backend in ("cuda", "triton"):
         out = None if result is None else q.new_empty(q.shape, dtype=result)
         return _on_gpu(backend).forward(q, k, v, cu_q, cu_k, scale, left, right, softcap, out=out)
-    q, k, v = _widened(result, q, k, v)
-    if backend == "reference":
-        out, lse = _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
-    else:
-        out, lse = _varlen_paths.forward(backend, q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
+    if backend != "reference":
+        settings = (max_q, max_k, scale, left, right, softcap, deterministic)
+        return _common.run_reference(_varlen_paths.forward, backend, q, k, v, cu_q, cu_k, *settings, result)
+    q, k, v = (x if result is None else x.to(torch.promote_types(x.dtype, result)) for x in (q, k, v))
+    out, lse = _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
     return out, lse, torch.zeros_like(lse)
 
 
@@ -274,8 +272,9 @@ def _backward_impl(
         _on_gpu(backend).backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, *wanted)
         return grads
     settings = (max_q, max_k, scale, left, right, softcap, deterministic)
-    found = _varlen_paths.backward(backend, grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, *settings)
-    return tuple(new.contiguous() if need else empty for new, need, empty in zip(found, needs, grads, strict=True))
+    tensors = (grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k)
+    found = _common.run_reference(_varlen_paths.backward, backend, *tensors, *settings)
+    return tuple(new if need else empty for new, need, empty in zip(found, needs, grads, strict=True))
 
 
 def native_backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, needs, *, result=None):

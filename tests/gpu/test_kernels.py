@@ -23,8 +23,7 @@ def _choices():
     yield from ((spec, dtype, backend) for spec, backend in OURS for dtype in spec.dtypes)
     for spec in SPECS:
         for dtype in spec.dtypes:
-            if spec.name in backends.TORCH_OPS:
-                yield spec, dtype, "torch"
+            yield spec, dtype, "torch"
             if spec.name in backends.FLASH_OPS and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
                 yield spec, dtype, "flash_attn"
 
