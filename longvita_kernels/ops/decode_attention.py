@@ -84,7 +84,7 @@ def decode_attention(
 
     q                 (T, Hq, D) float32, bfloat16 or float16; last dimension dense; cast under autocast
     k_cache, v_cache  (B, S, Hkv, D), or (n_blocks, block, Hkv, D) with `block_table`; a floating dtype, or int8 / float8_e4m3fn with
-                      scales
+                      scales. A long one is read faster from `longvita_kernels.memory.empty` (huge pages)
     cu_seqlens_q      (B + 1,) int32: queries of sequence b are q[cu_seqlens_q[b]:cu_seqlens_q[b + 1]], the last of its cache in order
     cache_seqlens     (B,) int32: TOTAL tokens in the cache of each sequence, those of the queries included (call `append_kv` first)
     block_table       (B, n) int32 block numbers; unused entries may hold anything
