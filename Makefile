@@ -20,7 +20,7 @@ help:
 	@echo "make test       the tests"
 	@echo "make test-all   the tests and everything slow that 'make test' leaves out; writes tests/RESULTS.md"
 	@echo "make bench      speed and memory of the ops beside their peers (ARGS=\"varlen_attention --dtype float32\"; --help tells the rest)"
-	@echo "make cuda-check compile every Triton kernel for GPUs and look at registers, spills and shared memory (no GPU needed; ARGS=--help)"
+	@echo "make cuda-check compile every GPU kernel and look at registers, spills and shared memory (needs nvcc, no GPU; ARGS=--help)"
 	@echo "make lint       ruff"
 	@echo "make install    only prepare $(VENV)"
 	@echo "make clean      remove build outputs (keeps $(VENV) and $(OUT))"

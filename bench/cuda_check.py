@@ -1,8 +1,11 @@
-"""Compiles every Triton kernel for GPUs, on any machine, and looks at what came out: python -m bench.cuda_check
+"""Compiles every GPU kernel, on any machine, and looks at what came out: python -m bench.cuda_check
+
+Triton compiles its own kernels; csrc/cuda/*.cu needs nvcc (bench/cuda_cpp.py), and a machine without it must say --no-cuda-cpp.
 
 Fails when a loop that multiplies matrices (or, in a kernel without one, any innermost loop) touches spilled registers; when shared memory
-exceeds what the architecture has; when the main loop of a bf16 or fp16 matrix kernel has no wgmma on sm_90a; and when a kernel needs more
-registers, stack or shared memory than bench/results/compile.json remembers. `--keep` writes into that file what was compiled.
+exceeds what the architecture has; when the main loop of a bf16 or fp16 matrix kernel has no wgmma on sm_90a; when nvcc warns of anything;
+and when a kernel needs more registers, stack or shared memory than bench/results/compile.json remembers. (Shared memory that a launch in
+C++ asks for is not in these figures: it is asserted where it is laid out.) `--keep` writes into that file what was compiled.
 """
 
 import argparse
@@ -18,6 +21,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from bench import cuda_cpp
 
 TABLE = Path(__file__).parent / "results" / "compile.json"
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one block may have
@@ -44,8 +49,8 @@ def specs():
 # ---------------------------------------------------------------------------------------------------------------------------- what came out
 
 
-def innermost_loops(sass):
-    """Texts of the loops (label … backward branch to it) that contain no other loop, from a disassembly."""
+def loops(sass):
+    """(first line, last line) of each loop, label to backward branch, and all lines of a disassembly."""
     lines = sass.splitlines()
     labels = {match[1]: at for at, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
     spans = []
@@ -53,6 +58,17 @@ def innermost_loops(sass):
         match = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
         if match and labels.get(match[1], at) < at:
             spans.append((labels[match[1]], at))
+    return spans, lines
+
+
+def main_loops(sass, matrix):
+    """Texts of the smallest loops that multiply matrices; where none does, of the innermost loops, unless it should (`matrix`).
+
+    A loop that multiplies may well contain one that only waits for memory.
+    """
+    spans, lines = loops(sass)
+    multiplying = [(a, b) for a, b in spans if _MATRIX.search("\n".join(lines[a : b + 1]))]
+    spans = multiplying or ([] if matrix else spans)
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     return ["\n".join(lines[start : end + 1]) for start, end in inner]
 
@@ -63,8 +79,7 @@ def figures(sass, resources, shared, matrix):
     sass, resources  what nvdisasm and cuobjdump --dump-resource-usage print; matrix: whether it multiplies bf16 or fp16 matrices
     """
     registers, stack = (int(re.search(rf"{word}:(\d+)", resources)[1]) for word in ("REG", "STACK"))
-    loops = innermost_loops(sass)
-    main = [loop for loop in loops if _MATRIX.search(loop)] or ([] if matrix else loops)
+    main = main_loops(sass, matrix)
     return {
         "registers": registers, "stack": stack, "shared": shared, "spills": len(_SPILL.findall(sass)),
         "loop_spills": sum(len(_SPILL.findall(loop)) for loop in main),
@@ -73,11 +88,16 @@ def figures(sass, resources, shared, matrix):
     }  # fmt: skip
 
 
-def compile_one(key):
-    """(key, figures) of one spec."""
+def _tools():
+    """Triton's folder with nvdisasm and cuobjdump."""
     import triton
 
-    spec, tools = specs()[key], Path(triton.__file__).parent / "backends/nvidia/bin"
+    return Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def compile_one(key):
+    """(key, figures) of one spec."""
+    spec, tools = specs()[key], _tools()
     compiled = spec.compile()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -87,6 +107,19 @@ def compile_one(key):
             for tool, option in (("nvdisasm", "-c"), ("cuobjdump", "--dump-resource-usage"))
         )
     return key, figures(sass, resources, compiled.metadata.shared, spec.matrix)
+
+
+def compile_file(unit):
+    """({(kernel, capability): (figures, matrix)}, warnings) of a file in CUDA C++ and an architecture."""
+    source, architecture = unit
+    kernels, warnings = cuda_cpp.compile_unit(source, architecture, _tools())
+    found = {}
+    for kernel, (sass, resources) in kernels.items():
+        matrix = cuda_cpp.matrix(source, kernel)
+        shared = int(re.search(r"SHARED:(\d+)", resources)[1])
+        key = f"{source.name} {kernel}", cuda_cpp.capability(architecture)
+        found[key] = figures(sass, resources, shared, matrix), matrix
+    return found, [f"{source.name} {architecture}: {line}" for line in warnings]
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- judgement
@@ -117,60 +150,109 @@ def regressions(name, capability, found, kept):
     ]  # fmt: skip
 
 
-def _compare(results, everything):
+def _versions(parts):
+    """{part: version of its compiler now}; a part is a pair of keys in the table."""
     import triton
 
+    return {part: triton.__version__ if part == "triton" else cuda_cpp.version() for part in parts}
+
+
+_KERNELS = {"triton": "kernels", "nvcc": "cuda_kernels"}  # what compiles them → where the table has them
+
+
+def _compare(results, everything):
+    """results: {"triton" or "nvcc": {(name, capability): figures}}"""
     table, wrong = json.loads(TABLE.read_text()), []
-    if table["triton"] != triton.__version__:
-        print(f"{TABLE.name} was made with Triton {table['triton']}, this is {triton.__version__}: figures are not compared")
-        return []
-    for (name, capability), found in results.items():
-        wrong += regressions(name, capability, found, table["kernels"].get(name, {}).get(f"sm_{capability}"))
-    if everything:
-        gone = {(n, int(c.removeprefix("sm_"))) for n, row in table["kernels"].items() for c in row} - set(results)
-        wrong += [f"{n} sm_{c}: in {TABLE.name}, but no kernel is called so. Remedy: make cuda-check ARGS=--keep" for n, c in sorted(gone)]
+    for part, version in _versions(results).items():
+        rows = table.get(_KERNELS[part], {})
+        if table.get(part) != version:
+            print(f"{TABLE.name} was made with {part} {table.get(part)}, this is {version}: its figures are not compared")
+            continue
+        for (name, capability), found in results[part].items():
+            wrong += regressions(name, capability, found, rows.get(name, {}).get(f"sm_{capability}"))
+        if everything:
+            gone = {(n, int(c.removeprefix("sm_"))) for n, row in rows.items() for c in row} - set(results[part])
+            wrong += [
+                f"{n} sm_{c}: in {TABLE.name}, but no kernel is called so. Remedy: make cuda-check ARGS=--keep" for n, c in sorted(gone)
+            ]
     return wrong
 
 
 def _keep(results, everything):
-    """Writes the table: with `everything` anew, else only the rows of `results`."""
-    import triton
+    """Writes the table: with `everything` the parts of `results` anew, else only their rows."""
+    table = json.loads(TABLE.read_text())
+    for part, version in _versions(results).items():
+        rows = table.setdefault(_KERNELS[part], {})
+        if everything:
+            rows.clear()
+        table[part] = version
+        for (name, capability), found in results[part].items():
+            rows.setdefault(name, {})[f"sm_{capability}"] = found
+    parts = [f' "{part}": {json.dumps(table[part])},\n "{key}": {_written(table[key])}' for part, key in _KERNELS.items() if key in table]
+    TABLE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
-    rows = {} if everything else json.loads(TABLE.read_text())["kernels"]
-    for (name, capability), found in results.items():
-        rows.setdefault(name, {})[f"sm_{capability}"] = found
+
+def _written(rows):
     texts = []
     for name, row in sorted(rows.items()):  # a line for each, so that a change shows as one
         found = ",\n".join(f"   {json.dumps(arch)}: {json.dumps(figures)}" for arch, figures in sorted(row.items()))
         texts.append(f"  {json.dumps(name)}: {{\n{found}\n  }}")
-    kernels = ",\n".join(texts)
-    TABLE.write_text(f'{{\n "triton": {json.dumps(triton.__version__)},\n "kernels": {{\n{kernels}\n }}\n}}\n')
+    return "{\n" + ",\n".join(texts) + "\n }"
 
 
-def main(arguments=None):
+def _arguments(arguments):
     parser = argparse.ArgumentParser(prog="python -m bench.cuda_check", description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="TEXT", default="", help="kernels whose name contains TEXT, e.g. --only 'masked_lm_head'")
     parser.add_argument("--capability", type=int, choices=sorted(SHARED_LIMIT), help="one architecture alone")
+    parser.add_argument("--cuda-cpp", action=argparse.BooleanOptionalAction, default=True, help="csrc/cuda/*.cu too, which needs nvcc")
+    parser.add_argument("--triton", action=argparse.BooleanOptionalAction, default=True, help="the Triton kernels too")
     parser.add_argument("--keep", action="store_true", help="write the figures into bench/results/compile.json instead of comparing")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args(arguments)
-    start = time.time()
-    keys = [(name, c) for name, c in specs() if options.only in name and options.capability in (None, c)]
-    everything = len(keys) == len(specs())
-    if not keys:
+    keys = [(name, c) for name, c in specs() if options.only in name and options.capability in (None, c)] if options.triton else []
+    files = [
+        (source, architecture) for source, architecture in (cuda_cpp.units() if options.cuda_cpp else ())
+        if (options.only in source.name or source.name in options.only) and options.capability in (None, cuda_cpp.capability(architecture))
+    ]  # fmt: skip
+    if not keys and not files:
         parser.error(f"no kernel is called like {options.only!r}; they are: {', '.join(sorted({name for name, _ in specs()}))}")
-    results = {}
+    return options, keys, files
+
+
+def _print(key, found):
+    name, capability = key
+    print(f"sm_{capability:<4}{name:60} {found['registers']:4} registers {found['stack']:5} B stack {found['shared']:7} B shared  "
+          f"{'+'.join(found['multiplies_with'])}", flush=True)  # fmt: skip
+
+
+def main(arguments=None):
+    options, keys, files = _arguments(arguments)
+    if files:
+        try:
+            cuda_cpp.nvcc()
+        except FileNotFoundError as error:
+            print(f"bench.cuda_check: {error}", file=sys.stderr)
+            return 1
+    start, everything = time.time(), not options.only and options.capability is None
+    results, wrong = {part: {} for part, wanted in (("triton", keys), ("nvcc", files)) if wanted}, []
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for (name, capability), found in pool.imap(compile_one, keys):
-            results[name, capability] = found
-            print(f"sm_{capability:<4}{name:60} {found['registers']:4} registers {found['stack']:5} B stack {found['shared']:7} B shared  "
-                  f"{'+'.join(found['multiplies_with'])}", flush=True)  # fmt: skip
-    wrong = [text for key, found in results.items() for text in problems(*key, specs()[key].matrix, found)]
+        compiled = pool.imap(compile_file, files)  # the longest first
+        for key, found in pool.imap(compile_one, keys):
+            results["triton"][key] = found
+            _print(key, found)
+            wrong += problems(*key, specs()[key].matrix, found)
+        for kernels, warnings in compiled:
+            wrong += warnings
+            for key, (found, matrix) in kernels.items():
+                if options.only in key[0]:
+                    results["nvcc"][key] = found
+                    _print(key, found)
+                    wrong += problems(*key, matrix, found)
     if not options.keep:
         wrong += _compare(results, everything)
     elif not wrong:
         _keep(results, everything)
-    print(f"{len(results)} kernels in {time.time() - start:.0f} s")
+    print(f"{sum(map(len, results.values()))} kernels in {time.time() - start:.0f} s")
     print(*wrong, sep="\n", end="\n" if wrong else "")
     return 1 if wrong else 0
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: bench/gpu.sh build|test|sanitize|attention|decode|head|projector|model|ring
 # Each part takes under nine minutes and leaves JSON in bench/results/ (or $OUT), named by GPU; `bench/gpu.sh` alone runs them all in turn.
-# PYTHON: an interpreter that has torch for CUDA and triton (default: python3). BACKEND: what runs the ops (default: triton).
+# PYTHON: an interpreter that has torch for CUDA and triton (default: python3). BACKEND: what runs the ops (default: triton; cuda
+# for the ops that CUDA C++ has).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
@@ -24,10 +25,12 @@ measure() { # name of the part, then arguments of python -m bench
     within "$PYTHON" -m bench "$@" --device cuda --backend "$BACKEND" --json "$OUT/$name-$BACKEND-$GPU.json"
 }
 
-build() { # what a fresh machine lacks: the native part for the CPU side, pytest; and every kernel compiled for this GPU
+build() { # what a fresh machine lacks: the native parts (for CUDA where nvcc is), pytest; and every kernel compiled for this GPU
     "$PYTHON" -m pip install --quiet "cmake>=3.18" ninja "pybind11>=2.13" pytest pytest-timeout hypothesis expecttest
+    local cuda_cpp=--no-cuda-cpp
+    if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then cuda_cpp=--cuda-cpp; else echo "no nvcc: csrc/cuda is left out" >&2; fi
     within "$PYTHON" setup.py --quiet build_ext --inplace
-    within "$PYTHON" -m bench.cuda_check --capability "$("$PYTHON" -c 'import torch; print(min(100, torch.cuda.get_device_capability()[0] * 10))')"
+    within "$PYTHON" -m bench.cuda_check "$cuda_cpp" --capability "$("$PYTHON" -c 'import torch; print(min(100, torch.cuda.get_device_capability()[0] * 10))')"
 }
 tests() { within "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider --gpu-result "$OUT/tests-$GPU.json"; }
 sanitize() { # out-of-bounds accesses and races on small shapes
@@ -47,6 +50,9 @@ ring() { # compute alone of 8 ranks in turn; then real processes: NCCL where eac
     count=$("$PYTHON" -c 'import torch; print(max(2, torch.cuda.device_count()))')
     within "$PYTHON" -m bench ring --emulate 8 --tokens 131072 "${shape[@]}" --json "$OUT/ring-emulated-$GPU.json"
     within "$PYTHON" -m bench ring --processes "$count" --tokens 65536 "${shape[@]}" --json "$OUT/ring-$GPU.json"
+    if "$PYTHON" -c 'from longvita_kernels.cuda import native_cuda; import sys; sys.exit(native_cuda.load() is None)'; then
+        within "$PYTHON" -m bench ring --peer-copies --processes "$count" --tokens 65536 "${shape[@]}" --json "$OUT/ring-peer-copies-$GPU.json"
+    fi
 }
 
 run() {

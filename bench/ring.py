@@ -26,6 +26,7 @@ from bench.ring_peer import Zigzag
 from longvita_kernels import plan_context_parallel, ring_attention, varlen_attention
 from longvita_kernels.ring import all_to_all, transport
 from longvita_kernels.ring.cost import CostModel
+from longvita_kernels.ring.peer_copies import PeerCopies
 
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 1e-1)}  # of out, of gradients: largest difference from one process
 RESULTS = Path(__file__).parent / "results"
@@ -75,6 +76,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: NCCL with a GPU a process, CUDA IPC where they share one"
     )
+    parser.add_argument("--peer-copies", action="store_true", help="tensors travel by our copies between processes (CUDA C++)")
     parser.add_argument("--flops", type=float, help="simulation: FLOP/s of attention a rank")
     parser.add_argument("--bandwidth", type=float, nargs=2, metavar=("NODE", "NETWORK"), help="simulation: bytes/s a rank")
     parser.add_argument(
@@ -145,8 +147,11 @@ def _member(rank, count, folder, chosen, arguments):
     gpus = torch.cuda.device_count() if arguments.device == "cuda" else 0
     if arguments.device == "cuda":
         torch.cuda.set_device(rank % gpus)
-    dist.init_process_group("nccl" if gpus >= count else "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
-    if arguments.device == "cuda" and gpus < count:
+    nccl = gpus >= count and not arguments.peer_copies
+    dist.init_process_group("nccl" if nccl else "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
+    if arguments.peer_copies:
+        group = PeerCopies()
+    elif arguments.device == "cuda" and not nccl:
         from bench.cuda_ipc import CudaIpc
 
         group = CudaIpc()
@@ -210,7 +215,7 @@ def _measure(case, group, arguments):
     if arguments.peers and all_to_all.divides(plan, *shape[:2]):
         calls["all to all"] = ours("all_to_all")
         foretold["all to all"] = sum(all_to_all.bytes_sent(plan, group.rank, *shape, backward=b) for b in (False, True))
-    if arguments.peers and arguments.device == "cpu":
+    if arguments.peers and arguments.device == "cpu" and not arguments.peer_copies:
         zigzag = Zigzag(case.lengths, group.group)
         calls["zigzag ring"] = _both_ways(zigzag.attention, [zigzag.shard(x) for x in inputs])
     problems = _check(case, plan, counted, calls, foretold)

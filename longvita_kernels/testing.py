@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from longvita_kernels.ops import _gemm
 from longvita_kernels.spec import FLOAT_DTYPES, Tolerance
 
 # ------------------------------------------------------------------------------------------------------------------------------- the rule
@@ -116,6 +117,7 @@ def poisoned_empty():
     """
     shapes = []
     originals = [(owner, name, getattr(owner, name)) for owner, name in _ALLOCATORS]
+    take = _gemm.take
 
     def poisoning(original):
         def allocate(*args, **kwargs):
@@ -128,10 +130,13 @@ def poisoned_empty():
     try:
         for owner, name, original in originals:
             setattr(owner, name, poisoning(original))
+        _gemm.take = lambda floats: torch.empty(floats, dtype=torch.float32)  # none that was used before
         yield shapes
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
+        _gemm.take = take
+        _gemm._waiting.clear()
 
 
 # ------------------------------------------------------------------------------------------------------------------------ running specs

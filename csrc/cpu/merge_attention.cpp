@@ -26,17 +26,17 @@ T* row(const Rows3& x, int64_t token, int64_t head) {
 }
 
 template <class T, class Body>
-void each_row(const MergeArgs& args, Body body) {
+void each_row(const MergeArgs& args, int threads, Body body) {
   const int64_t rows = args.tokens * args.heads;
-  parallel_steps(rows, args.threads, rows * args.dim > kWorthThreads / 8, [&](int64_t i) {
+  parallel_steps(rows, threads, rows * args.dim > kWorthThreads / 8, [&](int64_t i) {
     const int64_t token = i / args.heads, head = i % args.heads;
     body(token, head, weights(args.lse_a.at(token, head), args.lse_b.at(token, head)));
   });
 }
 
 template <class T>
-void forward_rows(const MergeArgs& args) {
-  each_row<T>(args, [&](int64_t token, int64_t head, Weights w) {
+void forward_rows(const MergeArgs& args, int threads) {
+  each_row<T>(args, threads, [&](int64_t token, int64_t head, Weights w) {
     const T *a = row<T>(args.out_a, token, head), *b = row<T>(args.out_b, token, head);
     T* out = row<T>(args.out, token, head);
     for (int64_t d = 0; d < args.dim; d += W) {
@@ -59,9 +59,9 @@ void scale_row(T* out, const T* x, float factor, int64_t dim) {
 // With out_a − out = w_b (out_a − out_b): d lse_a = w_a (w_b g·(out_a − out_b) + g_lse),
 // d lse_b = w_b (g_lse − w_a g·(out_a − out_b)).
 template <class T>
-void backward_rows(const MergeArgs& args) {
+void backward_rows(const MergeArgs& args, int threads) {
   const bool lse_needed = args.grad_lse_a.data != nullptr || args.grad_lse_b.data != nullptr;
-  each_row<T>(args, [&](int64_t token, int64_t head, Weights w) {
+  each_row<T>(args, threads, [&](int64_t token, int64_t head, Weights w) {
     const T* g = row<T>(args.out, token, head);
     scale_row(row<T>(args.grad_out_a, token, head), g, w.a, args.dim);
     scale_row(row<T>(args.grad_out_b, token, head), g, w.b, args.dim);
@@ -82,16 +82,16 @@ void backward_rows(const MergeArgs& args) {
   });
 }
 
-void forward(const MergeArgs& args) {
-  if (args.dtype == DType::f32) forward_rows<float>(args);
-  else if (args.dtype == DType::bf16) forward_rows<bf16_t>(args);
-  else forward_rows<f16_t>(args);
+void forward(const MergeArgs& args, int threads) {
+  if (args.dtype == DType::f32) forward_rows<float>(args, threads);
+  else if (args.dtype == DType::bf16) forward_rows<bf16_t>(args, threads);
+  else forward_rows<f16_t>(args, threads);
 }
 
-void backward(const MergeArgs& args) {
-  if (args.dtype == DType::f32) backward_rows<float>(args);
-  else if (args.dtype == DType::bf16) backward_rows<bf16_t>(args);
-  else backward_rows<f16_t>(args);
+void backward(const MergeArgs& args, int threads) {
+  if (args.dtype == DType::f32) backward_rows<float>(args, threads);
+  else if (args.dtype == DType::bf16) backward_rows<bf16_t>(args, threads);
+  else backward_rows<f16_t>(args, threads);
 }
 
 }  // namespace

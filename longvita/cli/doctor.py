@@ -44,6 +44,7 @@ def examine(directory: str | os.PathLike[str] = ".") -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch": _torch(),
         "native": _native(),
+        "cuda_kernels": _cuda_kernels(),
         "openmp_runtimes": openmp_runtimes(),  # after torch and the native core are loaded
         "extras": _extras(),
         "disk_free_bytes": shutil.disk_usage(directory).free,
@@ -81,6 +82,7 @@ def print_report(report: dict[str, Any]) -> None:
         ("disk", f"{_gib(report['disk_free_bytes'])} free in {Path.cwd()}"),
         ("torch", torch.get("missing") or f"{torch['version']}, {torch['threads']} threads, GPUs: {', '.join(torch['gpus']) or 'none'}"),
         ("native core", _native_line(native)),
+        *([("CUDA kernels", report["cuda_kernels"] or "loaded")] if torch.get("gpus") else []),
         ("OpenMP", ", ".join(report["openmp_runtimes"]) or "no runtime loaded"),
     ]
     for extra, packages in report["extras"].items():
@@ -119,6 +121,13 @@ def _torch() -> dict[str, Any]:
         return {"missing": str(error)}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"version": torch.__version__, "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def _cuda_kernels() -> str | None:
+    """Why the kernels in CUDA C++ cannot be used, or None."""
+    from longvita_kernels.cuda import native_cuda
+
+    return native_cuda.why_missing()
 
 
 def _native() -> dict[str, Any]:

@@ -60,7 +60,7 @@ _EAGER = {}  # op → the same with its gradient as an autograd.Function
 
 def call(op, implementation, tensors, *rest):
     """`op(*tensors, *rest)`, past torch's dispatcher where nothing listens there: a plain call of its CPU implementation or, where only
-    autograd does, an autograd.Function made of the same parts. Several times cheaper: the dispatcher takes 0.1 ms for a forward and backward.
+    autograd does, an autograd.Function made of the same parts. Several times cheaper: the dispatcher takes 0.1 ms a forward and backward.
 
     tensors  Tensor or None each. The dispatcher is needed for compilation and tracing, modes (fake tensors, functional transforms,
              function modes), subclasses, other devices, and a profiler that would like to see the op.
@@ -119,11 +119,13 @@ def plain(tensor):
     """`tensor` without the autograd graph; itself where there is none."""
     return tensor.detach() if tensor.requires_grad else tensor
 
+
 # ---------------------------------------------------------------------------------------------------------------- running references
 
 
 def run_reference(reference, *args, **kwargs):
-    """`reference(*args, **kwargs)` without gradients and outside autocast, as the body of a flat op: outputs are fresh and dense."""
+    """`reference(*args, **kwargs)` (or another way inside torch) without gradients and outside autocast, as the body of a flat op: outputs
+    are fresh and dense."""
     with torch.no_grad(), _no_autocast(args):
         outputs = reference(*args, **kwargs)
     if isinstance(outputs, torch.Tensor):

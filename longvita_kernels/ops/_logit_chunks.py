@@ -38,7 +38,7 @@ def native_loss(hidden, weight, labels, ignore_index, loss_weight, softcap, z_lo
     module, threads, (tokens, width), vocab = native.load(), torch.get_num_threads(), hidden.shape, weight.shape[0]
     chunk = chunk_rows(vocab, tokens, module.linear_cross_entropy_logit_bytes(native.dtype_code(hidden.dtype), softcap, False))
     floats = threads * module.gemm_scratch_floats() + 5 * tokens + 3 * -(-vocab // module.linear_cross_entropy_block()) * chunk
-    labels, rows, buffer = labels.contiguous(), torch.empty(2 * tokens, dtype=torch.int64), torch.empty(floats, dtype=torch.float32)
+    labels, rows, buffer = labels.contiguous(), torch.empty(2 * tokens, dtype=torch.int64), _gemm.take(floats)
     loss = torch.empty((), dtype=torch.float32)
     counts = module.linear_cross_entropy_loss(
         native.dtype_code(hidden.dtype), tokens, width, vocab, hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0),
@@ -46,6 +46,7 @@ def native_loss(hidden, weight, labels, ignore_index, loss_weight, softcap, z_lo
         chunk, rows.data_ptr(), buffer.data_ptr(), floats, threads, loss.data_ptr(),
         0 if square_sum is None else square_sum.data_ptr(),
     )  # fmt: skip
+    _gemm.give_back(buffer)
     return loss, counts
 
 
@@ -59,12 +60,13 @@ def _run(way, hidden, weight, rows, labels, softcap, chunk, logits, grads, *, st
     def at(tensor):
         return 0 if tensor is None else tensor.data_ptr()
 
-    scratch = _gemm.scratch()
+    scratch = _gemm.take(_gemm.scratch_floats())
     native.load().linear_cross_entropy_run(
         native.dtype_code(hidden.dtype), *hidden.shape, weight.shape[0], rows.shape[0], at(hidden), hidden.stride(0), at(weight),
         weight.stride(0), at(rows), at(labels), softcap, at(statistics), chunk, at(partial), at(scratch), torch.get_num_threads(), way,
         at(coefficients), at(row_weight), smoothing, z_loss, at(logits), factor, at(grads[0]), at(grads[1]),
     )  # fmt: skip
+    _gemm.give_back(scratch)
 
 
 def run_native(hidden, weight, rows, labels, softcap, statistics, *, needs=(False, False), keep=0, row_weight=None, smoothing=0.0,

@@ -1,10 +1,12 @@
 """varlen_attention on other people's kernels: what a GPU runs where none of ours is verified yet, and flash-attn for those who have it.
 
-    forward(backend, q, k, v, cu_q, cu_k, …) → out (T, H, D), lse (H, T)      backward(backend, grad_out, grad_lse, q, …) → dq, dk, dv
+    forward(backend, q, k, v, cu_q, cu_k, …) → out (T, H, D), lse (H, T) and what its rounding lost, "rest" (H, T)
+    backward(backend, grad_out, grad_lse, q, …) → dq, dk, dv
 
 backend "torch": the flash kernels inside torch (those of torch.nn.attention.varlen) where they can take the call: 16 bits on a GPU from
-sm_80 on, no softcap. Otherwise plain matmuls over some query rows at a time, with exact gradients, on any device; those read the offsets
-back. backend "flash_attn": the package of that name. Neither has a gradient of lse; where one is asked for, the plain way gives it.
+sm_80 on, no softcap. Otherwise plain matmuls over some query rows at a time, with float32 sums, on any device; those read the offsets
+back. backend "flash_attn": the package of that name. Neither has a gradient of lse, or results in float32, as ring attention adds them
+up; where one is asked for, the plain way gives it.
 
 R: query rows of a block, J: KV heads, G: query heads of a group, L: keys that a block may see, D: head dimension.
 """
@@ -13,12 +15,14 @@ import itertools
 
 import torch
 
+from longvita_kernels.ops._products import product
+
 _BLOCK_SCORES = 1 << 26  # elements of a block of scores
 
 
-def forward(backend, q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic):
-    if backend == "torch" and not _torch_has_flash(q, scale, softcap):
-        return blocked_forward(q, k, v, cu_q, cu_k, scale, left, right, softcap)
+def forward(backend, q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, result):
+    if result not in (None, q.dtype) or (backend == "torch" and not _torch_has_flash(q, scale, softcap)):
+        return blocked_forward(q, k, v, cu_q, cu_k, scale, left, right, softcap, result)
     max_q, max_k = q.shape[0] if max_q < 0 else max_q, k.shape[0] if max_k < 0 else max_k
     if backend == "torch":
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -32,14 +36,15 @@ def forward(backend, q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, soft
             q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=_is_causal(left, right), window_size=(left, right),
             softcap=softcap, deterministic=deterministic, return_attn_probs=True,
         )  # fmt: skip
-    return out, lse.masked_fill(lse == torch.inf, -torch.inf)  # theirs is +inf for a row that sees nothing
+    return out, lse.masked_fill(lse == torch.inf, -torch.inf), torch.zeros_like(lse)  # theirs is +inf for a row that sees nothing
 
 
 def backward(
-    backend, grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic
+    backend, grad_out, grad_lse, q, k, v, out, lse, rest, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic
 ):  # fmt: skip
     if grad_lse is not None or (backend == "torch" and not _torch_has_flash(q, scale, softcap)):
-        return blocked_backward(grad_out, grad_lse, q, k, v, cu_q, cu_k, scale, left, right, softcap)
+        grads = blocked_backward(grad_out, grad_lse, q, k, v, out, lse, rest, cu_q, cu_k, scale, left, right, softcap)
+        return tuple(grad.to(q.dtype) for grad in grads)
     max_q, max_k = q.shape[0] if max_q < 0 else max_q, k.shape[0] if max_k < 0 else max_k
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     if backend == "torch":
@@ -73,39 +78,48 @@ def _torch_has_flash(q, scale, softcap):
 # ----------------------------------------------------------------------------------------------------------------------- plain matmuls
 
 
-def blocked_forward(q_THD, k_TJD, v_TJD, cu_q, cu_k, scale, left, right, softcap):
-    out = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
-    lse = torch.full((q_THD.shape[1], q_THD.shape[0]), -torch.inf, dtype=torch.float32, device=q_THD.device)
-    kv_heads = k_TJD.shape[1]
+def blocked_forward(q_THD, k_TJD, v_TJD, cu_q, cu_k, scale, left, right, softcap, result=None):
+    """out in `result` (None: the dtype of q), lse and its rest."""
+    out = torch.zeros(q_THD.shape, dtype=result or q_THD.dtype, device=q_THD.device)
+    kv_heads, wide = k_TJD.shape[1], torch.promote_types(q_THD.dtype, torch.float32)
+    lse = torch.full((q_THD.shape[1], q_THD.shape[0]), -torch.inf, dtype=wide, device=q_THD.device)
+    rest = torch.zeros_like(lse)
     for rows, keys, seen in _blocks(cu_q, cu_k, q_THD, left, right):
         scores, _ = _scores(_by_group(q_THD[rows], kv_heads), _by_head(k_TJD[keys]), seen, scale, softcap)
-        sums = scores.logsumexp(-1)
-        weights = (scores - sums.masked_fill(sums == -torch.inf, 0.0).unsqueeze(-1)).exp().to(q_THD.dtype)
-        out[rows] = _by_token(weights @ _by_head(v_TJD[keys]), q_THD.shape[1])
+        peak = scores.amax(-1, keepdim=True)
+        peak = peak.masked_fill(peak == -torch.inf, 0.0)
+        weights = (scores - peak).exp()
+        total = weights.sum(-1, keepdim=True)
+        logs = total.log()
+        sums = peak + logs
+        values = product(weights.to(q_THD.dtype), _by_head(v_TJD[keys])) / total.masked_fill(total == 0.0, 1.0)
+        out[rows] = _by_token(values, q_THD.shape[1]).to(out.dtype)
         lse[:, rows] = sums.reshape(q_THD.shape[1], -1)
-    return out, lse
+        rest[:, rows] = (logs - (sums - peak)).nan_to_num(0.0).reshape(q_THD.shape[1], -1)
+    return out, lse, rest
 
 
-def blocked_backward(grad_THD, grad_lse_HT, q_THD, k_TJD, v_TJD, cu_q, cu_k, scale, left, right, softcap):
+def blocked_backward(grad_THD, grad_lse_HT, q_THD, k_TJD, v_TJD, out_THD, lse_HT, rest_HT, cu_q, cu_k, scale, left, right, softcap):
+    """dq, dk and dv in float32. out and lse (+ rest, what its rounding lost) may be those of more keys than these (ring attention's): then
+    these are the keys' shares."""
     heads, kv_heads, dtype = q_THD.shape[1], k_TJD.shape[1], q_THD.dtype
-    dq = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
-    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k_TJD, v_TJD))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=lse_HT.dtype, device=x.device) for x in (q_THD, k_TJD, v_TJD))
+    shift_HT = lse_HT.masked_fill(lse_HT == -torch.inf, torch.inf)  # a row that saw nothing: every weight is 0
+    delta_HT = torch.zeros_like(lse_HT) if grad_THD is None else (grad_THD.to(lse_HT.dtype) * out_THD).sum(-1).T
+    delta_HT = delta_HT if grad_lse_HT is None else delta_HT - grad_lse_HT
     for rows, keys, seen in _blocks(cu_q, cu_k, q_THD, left, right):
         q, k, v = _by_group(q_THD[rows], kv_heads), _by_head(k_TJD[keys]), _by_head(v_TJD[keys])
         scores, slope = _scores(q, k, seen, scale, softcap)
-        weights = torch.softmax(scores, -1).nan_to_num(0.0)  # a row that sees nothing: 0
-        dscores = torch.zeros_like(weights)
+        weights = ((scores - _of_rows(shift_HT, rows, kv_heads)) - _of_rows(rest_HT, rows, kv_heads)).exp()
+        dscores = -_of_rows(delta_HT, rows, kv_heads)
         if grad_THD is not None:
             grad = _by_group(grad_THD[rows], kv_heads).to(dtype)
-            dv[keys] += (weights.to(dtype).transpose(1, 2) @ grad).float().transpose(0, 1)
-            dscores = (grad @ v.transpose(1, 2)).float()
-            dscores -= (weights * dscores).sum(-1, keepdim=True)
-        if grad_lse_HT is not None:
-            dscores += grad_lse_HT[:, rows].reshape(kv_heads, -1, 1)
+            dv[keys] += product(weights.to(dtype).transpose(1, 2), grad).transpose(0, 1)
+            dscores = dscores + product(grad, v.transpose(1, 2))
         dscores = (weights * dscores * slope * scale).to(dtype)
-        dq[rows] = _by_token(dscores @ k, heads)
-        dk[keys] += (dscores.transpose(1, 2) @ q).float().transpose(0, 1)
-    return dq, dk.to(dtype), dv.to(dtype)
+        dq[rows] = _by_token(product(dscores, k), heads)
+        dk[keys] += product(dscores.transpose(1, 2), q).transpose(0, 1)
+    return dq, dk, dv
 
 
 def _blocks(cu_q, cu_k, q, left, right):
@@ -126,11 +140,16 @@ def _blocks(cu_q, cu_k, q, left, right):
 
 def _scores(q_JRD, k_JLD, seen, scale, softcap):
     """Scores (J, G · R, L), −inf where hidden, and the derivative of the cap."""
-    scores, slope = (q_JRD @ k_JLD.transpose(1, 2)).float() * scale, 1.0
+    scores, slope = product(q_JRD, k_JLD.transpose(1, 2)) * scale, 1.0
     if softcap > 0:
         capped = torch.tanh(scores / softcap)
         scores, slope = softcap * capped, 1 - capped.square()
     return scores.masked_fill(~seen.repeat(scores.shape[1] // seen.shape[0], 1), -torch.inf), slope
+
+
+def _of_rows(x_HT, rows, kv_heads):
+    """A number for each row of a block of scores (J, G · R, L), as (J, G · R, 1)."""
+    return x_HT[:, rows].reshape(kv_heads, -1, 1)
 
 
 def _by_group(x_RHD, kv_heads):

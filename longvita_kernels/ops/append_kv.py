@@ -42,16 +42,15 @@ def append_kv(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, *, block_tabl
 
 
 def write_reference(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table=None, k_scale=None, v_scale=None):
-    """The definition in plain torch: writes the caches (and scales) it is given."""
-    counts = cu_seqlens_q.diff()
-    sequence_T = torch.repeat_interleave(torch.arange(len(counts), device=k.device), counts)
-    fresh_T = torch.arange(k.shape[0], device=k.device) - cu_seqlens_q[:-1][sequence_T]
-    position_T = (cache_seqlens[sequence_T] + fresh_T).long()
-    if block_table is None:
-        row_T, column_T = sequence_T, position_T
-    else:
-        block = k_cache.shape[1]
-        row_T, column_T = block_table[sequence_T, position_T // block].long(), position_T % block
+    """The definition in plain torch: writes the caches (and scales) it is given. Nothing synchronises; numbers out of range, which nobody
+    may look at on a GPU, are clamped."""
+    token_T, block = torch.arange(k.shape[0], device=k.device, dtype=torch.int32), k_cache.shape[1]
+    sequence_T = torch.searchsorted(cu_seqlens_q[1:].contiguous(), token_T, right=True).clamp_(max=len(cache_seqlens) - 1)
+    capacity = block if block_table is None else block * block_table.shape[1]
+    position_T = (cache_seqlens[sequence_T] + token_T - cu_seqlens_q[sequence_T]).long().clamp_(0, capacity - 1)
+    row_T, column_T = sequence_T, position_T % block
+    if block_table is not None:
+        row_T = block_table[sequence_T, position_T // block].long().clamp_(0, k_cache.shape[0] - 1)
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         if scale is None:
             cache[row_T, column_T] = x.to(cache.dtype)
@@ -77,9 +76,9 @@ def _append_impl(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_tabl
     backend = backends.choose("append_kv", k, native_cannot(k_cache=k_cache))
     if backend != "native" or k.shape[0] == 0:  # the native kernel does so itself
         _cache.check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, k.shape[0], appended=True)
-    if k.shape[0] == 0:
+    if k.shape[0] == 0 or k_cache.numel() == 0:
         return
-    if backend == "reference":
+    if backend in ("reference", "torch"):  # the definition is the best way inside torch: each of the two is read and written once
         with torch.no_grad():
             write_reference(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
         return

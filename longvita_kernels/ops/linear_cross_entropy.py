@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from longvita_kernels import backends
-from longvita_kernels.ops import _common, _logit_chunks, _vocab_parallel
+from longvita_kernels.ops import _common, _logit_chunks, _loss_path, _vocab_parallel
 from longvita_kernels.spec import OpSpec, SampleInput, nbytes
 
 
@@ -111,11 +111,11 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
                                   gradient of weight. reduction="none" and vocab_group always do so
     → loss, float32. Nothing supervised gives 0. Sums are in float32, gradients are rounded once, and a frozen input skips its matmul.
 
-    Memory beside inputs and outputs: one chunk of logits, at most max(16 MiB, V KiB), and 7.7 MiB per thread; from forward to backward
-    the float32 gradients of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile (T, H): R is not known
-    there); or, where that is smaller than the latter, the gradients of the logits (R, V), in 16 bits where those are multiplied. With
-    low_memory: at most max(16 MiB, R KiB) of logits and, in backward, the float32 gradient of the rows (R, H). On a GPU R is not known to
-    the host and counts as T, and a chunk of logits takes up to 1.25 GiB.
+    Memory beside inputs and outputs: one chunk of logits, at most max(16 MiB, V KiB), and 7.7 MiB a thread, kept for the next call;
+    from forward to backward the float32 gradients of the supervised rows (R, H) and of weight (V, H), where needed (under torch.compile
+    (T, H): R is not known there); or, where that is smaller than the latter, the gradients of the logits (R, V), in 16 bits where those
+    are multiplied. With low_memory: at most max(16 MiB, R KiB) of logits and, in backward, the float32 gradient of the rows (R, H). On a
+    GPU R is not known to the host and counts as T, and a chunk of logits takes up to 1.25 GiB (inside torch 2.5 GiB, and R is read back).
     Raises ValueError for arguments that do not fit and, on the CPU, for a label outside 0 … V−1 that is not ignore_index.
     """
     hidden, weight = _common.autocast_tensors(hidden, weight)
@@ -148,13 +148,13 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
 
 def _summed(hidden, weight, labels, needs, ignore_index, reduction, loss_weight, softcap, z_loss, label_smoothing, return_stats):
     """Loss with both gradients from one visit of every chunk."""
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    backend = None if compiling else backends.choose("linear_cross_entropy", hidden)
+    if not compiling and (hidden.is_cpu or backend == "torch"):
         rows = (labels != ignore_index).nonzero().squeeze(1)  # so that what waits for backward has R rows, not T
     else:
         rows = torch.arange(labels.shape[0], device=labels.device)
-    keep = 0
-    if needs[1] and not torch.compiler.is_compiling():
-        keep = _kept_bytes(hidden, rows.shape[0], softcap, backends.choose("linear_cross_entropy", hidden))
+    keep = _kept_bytes(hidden, rows.shape[0], softcap, backend) if needs[1] and not compiling else 0
     picked = labels[rows]
     picked_weight = None if loss_weight is None else loss_weight[rows]
     tensors = (hidden, weight, rows, picked, picked_weight)
@@ -168,7 +168,7 @@ def _summed(hidden, weight, labels, needs, ignore_index, reduction, loss_weight,
 def _kept_bytes(hidden, rows, softcap, backend):
     """Bytes of one kept logit gradient, if those of `rows` rows are no larger than a float32 gradient of weight, whose place they take;
     or 0."""
-    if backend == "reference":
+    if backend in ("reference", "torch"):
         return 0
     size = hidden.element_size() if backend == "triton" else _logit_chunks.logit_bytes(hidden, softcap)
     return size if rows * size <= 4 * hidden.shape[1] else 0
@@ -229,14 +229,16 @@ def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap,
     kept = (labels != ignore_index).nonzero().squeeze(1)
     picked, labels = rows[kept], labels[kept]
     weight_R = None if loss_weight is None else loss_weight[kept]
+    options = {"row_weight": weight_R, "smoothing": label_smoothing, "z_loss": z_loss, "needs": needs}
+    if backend != "native" and keep:
+        raise RuntimeError(f"{backend} cannot keep the gradients of the logits; the backend changed inside a call")
     if backend == "reference":
-        if keep:
-            raise RuntimeError("the reference cannot keep the gradients of the logits; the backend changed inside a call")
         found, grads = _reference_pass(hidden, weight, picked, labels, weight_R, softcap, z_loss, label_smoothing, needs)
+    elif backend == "torch":
+        found, *grads = _common.run_reference(_loss_path.visit, hidden, weight, picked, labels, softcap, **options)
     else:
         found = torch.empty(5, kept.shape[0], dtype=torch.float32)
-        options = {"row_weight": weight_R, "smoothing": label_smoothing, "z_loss": z_loss, "needs": needs, "keep": keep}
-        grads = _logit_chunks.run_native(hidden, weight, picked, labels, softcap, found, **options)
+        grads = _logit_chunks.run_native(hidden, weight, picked, labels, softcap, found, **options, keep=keep)
     row_loss = _row_loss(found, weight.shape[0], z_loss, label_smoothing)
     loss.copy_((row_loss if weight_R is None else row_loss * weight_R).sum())
     statistics.zero_().index_copy_(1, kept, found)
@@ -344,6 +346,8 @@ def _rows_impl(hidden, weight, labels, ignore_index, softcap, vocab_start, vocab
     if backend == "reference":
         dtype = _common.compute_dtype(hidden)
         found = _common.run_reference(lambda h, w: _statistics(h.to(dtype) @ w.to(dtype).T, local, softcap), hidden[rows], weight)
+    elif backend == "torch":
+        found, *_ = _common.run_reference(_loss_path.visit, hidden, weight, rows, local, softcap)
     else:
         found = torch.empty(5, rows.shape[0], dtype=torch.float32)
         _logit_chunks.run_native(hidden, weight, rows, local, softcap, found)
@@ -383,6 +387,9 @@ def _rows_grad_impl(grad, hidden, weight, labels, statistics, ignore_index, soft
             return _statistics(hidden_RH @ weight_VH.T, local, softcap)[:3]
 
         grads = _common.reference_gradients(definition, (hidden[rows].to(dtype), weight.to(dtype)), needs, (coefficients,))
+    elif backend == "torch":
+        arguments = (rows, local, softcap, statistics[:, rows], coefficients, needs)
+        grads = _common.run_reference(_loss_path.visit_again, hidden, weight, *arguments)
     else:
         found = statistics[:, rows].contiguous()
         grads = _logit_chunks.run_again(hidden, weight, rows, local, softcap, found, coefficients, needs)

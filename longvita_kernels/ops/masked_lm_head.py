@@ -15,6 +15,7 @@ import torch
 
 from longvita_kernels import backends, native
 from longvita_kernels.ops import _common, _gemm
+from longvita_kernels.ops._products import product
 from longvita_kernels.spec import OpSpec, SampleInput, nbytes
 
 
@@ -37,7 +38,7 @@ def masked_lm_head(hidden, weight, rows):
     rows           int64 (M,), in any order, repeats allowed; or bool (T,), True where logits are wanted (synchronises on a GPU)
     → logits (M, V) in hidden's dtype, accumulated in float32. hidden and weight take gradients; one that is frozen costs nothing.
 
-    Memory beside inputs and outputs: about 7.7 MiB per thread; backward, when hidden takes a gradient, M × H float32.
+    Memory beside inputs and outputs: about 7.7 MiB a thread, kept for the next call; backward, when hidden takes a gradient, M × H float32.
     Autocast casts hidden and weight like `linear`. Raises ValueError for shapes, dtypes, devices or strides that do not fit and, on the
     CPU, for a row outside 0 … T−1.
     """
@@ -60,6 +61,15 @@ def masked_lm_head(hidden, weight, rows):
 # ------------------------------------------------------------------------------------------------------------------------------ flat ops
 
 
+def cuda_cannot(*, hidden, **_):
+    """Why the CUDA C++ kernel cannot take a call with these arguments, or None."""
+    fits = hidden.shape[-1] * hidden.element_size() <= _CUDA_ROW_BYTES
+    return None if fits else f"the CUDA kernel keeps a row of hidden in shared memory: {_CUDA_ROW_BYTES} bytes at most"
+
+
+_CUDA_ROW_BYTES = 96 << 10  # an SM of compute capability 8.6 to 12.0 gives a block 99 KiB at least
+
+
 def check_rows(rows, tokens):
     """Row numbers must lie in 0 … tokens−1; names the first that does not. Inside a flat op, never while tracing."""
     if not _common.checks_values(rows) or rows.numel() == 0:
@@ -73,10 +83,37 @@ def check_rows(rows, tokens):
         )
 
 
-def _triton():
-    from longvita_kernels.triton import masked_lm_head
-
+def _on_gpu(backend):
+    if backend == "cuda":
+        from longvita_kernels.cuda import masked_lm_head
+    else:
+        from longvita_kernels.triton import masked_lm_head
     return masked_lm_head
+
+
+def _torch_forward(hidden, weight, rows):
+    if hidden.shape[0] == 0:
+        return hidden.new_zeros(rows.shape[0], weight.shape[0])
+    return base(hidden, weight, rows.clamp(0, hidden.shape[0] - 1))  # nobody may look at rows on a GPU
+
+
+def _torch_backward(grad, hidden, weight, rows, needs):
+    """Two products at their own speed; what rows asked for several times get is added up in float32, and no T × H of that exists."""
+    grad_hidden, grad_weight = (torch.zeros_like(x) if need else _common.absent(x) for x, need in zip((hidden, weight), needs, strict=True))
+    if hidden.shape[0] == 0 or rows.shape[0] == 0:
+        return grad_hidden, grad_weight
+    rows = rows.clamp(0, hidden.shape[0] - 1)
+    if needs[0]:
+        ordered, order = rows.sort(stable=True)
+        starts = torch.ones_like(ordered)
+        starts[1:] = ordered.diff() != 0
+        group_M = torch.empty_like(rows).index_copy_(0, order, starts.cumsum(0) - 1)  # the same number for equal rows
+        sums = torch.zeros(rows.shape[0], hidden.shape[1], dtype=_common.compute_dtype(hidden), device=hidden.device)
+        sums.index_put_((group_M,), product(grad, weight), accumulate=True)  # sorts: the order of sums is the same in every run
+        grad_hidden.index_put_((rows,), sums[group_M].to(hidden.dtype))
+    if needs[1]:
+        torch.mm(grad.T, hidden[rows], out=grad_weight)
+    return grad_hidden, grad_weight
 
 
 def _native_arguments(hidden, weight, rows, scratch):
@@ -88,17 +125,20 @@ def _native_arguments(hidden, weight, rows, scratch):
 
 
 def _forward_impl(hidden, weight, rows):
-    backend = backends.choose("masked_lm_head", hidden)
+    backend = backends.choose("masked_lm_head", hidden, None, lambda: cuda_cannot(hidden=hidden))
     if backend != "native":
         check_rows(rows, hidden.shape[0])  # the native kernel does so itself
-    if backend == "reference":
-        return _common.run_reference(reference, hidden, weight, rows)
-    if backend == "triton":
-        return _triton().forward(hidden, weight, rows)
+    if backend in ("reference", "torch"):
+        return _common.run_reference(reference if backend == "reference" else _torch_forward, hidden, weight, rows)
+    if backend != "native":
+        return _on_gpu(backend).forward(hidden, weight, rows)
     logits, rows, module = _forward_fake(hidden, weight, rows), rows.contiguous(), native.load()
     gathered = torch.empty(4 * (-(-hidden.shape[1] // 16) * 16), dtype=torch.float32)
-    scratch = gathered if rows.shape[0] <= module.masked_lm_head_thin_rows() else _gemm.scratch()  # the kernel of few rows needs none
+    thin = rows.shape[0] <= module.masked_lm_head_thin_rows()  # the kernel of few rows needs no scratch
+    scratch = gathered if thin else _gemm.take(_gemm.scratch_floats())
     module.masked_lm_head_forward(*_native_arguments(hidden, weight, rows, scratch), logits.data_ptr(), gathered.data_ptr())
+    if not thin:
+        _gemm.give_back(scratch)
     return logits
 
 
@@ -107,12 +147,14 @@ def _forward_fake(hidden, weight, rows):
 
 
 def _backward_impl(grad, hidden, weight, rows, needs):
-    backend = backends.choose("masked_lm_head", hidden)
+    backend = backends.choose("masked_lm_head", hidden, None, lambda: cuda_cannot(hidden=hidden))
     if backend == "reference":
         return _common.reference_gradients(lambda h, w: reference(h, w, rows), (hidden, weight), needs, (grad,))
-    if backend == "triton":
-        return _triton().backward(grad, hidden, weight, rows, needs)
-    grad, rows, scratch = _gemm.dense_rows(grad), rows.contiguous(), _gemm.scratch()
+    if backend == "torch":
+        return _common.run_reference(_torch_backward, grad, hidden, weight, rows, needs)
+    if backend != "native":
+        return _on_gpu(backend).backward(grad, hidden, weight, rows, needs)
+    grad, rows, scratch = _gemm.dense_rows(grad), rows.contiguous(), _gemm.take(_gemm.scratch_floats())
     tokens, width = hidden.shape
     grad_hidden = hidden.new_zeros(tokens, width) if needs[0] else _common.absent(hidden)
     grad_weight = weight.new_empty(weight.shape) if needs[1] else _common.absent(weight)
@@ -122,6 +164,7 @@ def _backward_impl(grad, hidden, weight, rows, needs):
         *_native_arguments(hidden, weight, rows, scratch), grad.data_ptr(), grad.stride(0),
         grad_hidden.data_ptr(), grad_rows.data_ptr(), owner.data_ptr(), grad_weight.data_ptr(),
     )  # fmt: skip
+    _gemm.give_back(scratch)
     return grad_hidden, grad_weight
 
 

@@ -69,19 +69,49 @@ def _check(out_a, lse_a, out_b, lse_b):
 # ------------------------------------------------------------------------------------------------------------------------------ flat ops
 
 
-def _triton():
-    from longvita_kernels.triton import merge_attention
-
+def _on_gpu(backend):
+    if backend == "cuda":
+        from longvita_kernels.cuda import merge_attention
+    else:
+        from longvita_kernels.triton import merge_attention
     return merge_attention
+
+
+def _torch_weights(lse_a, lse_b):
+    """lse and both weights (T, H, 1)."""
+    ahead = lse_a - lse_b  # NaN where both saw nothing
+    return torch.logaddexp(lse_a, lse_b), *(x.sigmoid().nan_to_num(0.0).T.unsqueeze(-1) for x in (ahead, -ahead))
+
+
+def _torch_forward(out_a, lse_a, out_b, lse_b):
+    """Two passes over what is large; torch widens 16 bits inside the kernels."""
+    lse, weight_a, weight_b = _torch_weights(lse_a, lse_b)
+    return torch.addcmul(weight_a * out_a, weight_b, out_b.to(lse.dtype)).to(out_a.dtype), lse
+
+
+def _torch_backward(grad_out, grad_lse, out_a, lse_a, out_b, lse_b, needs):
+    """The equations of this module: nothing is differentiated, nothing saved."""
+    lse, *weights = _torch_weights(lse_a, lse_b)
+    grad_out = torch.zeros_like(out_a) if grad_out is None else grad_out
+    shares = [
+        (weight * grad_out).to(out_a.dtype) if need else _common.absent(out_a) for weight, need in zip(weights, needs[::2], strict=True)
+    ]
+    if not needs[1] and not needs[3]:
+        return shares[0], _common.absent(lse), shares[1], _common.absent(lse)
+    dots = [(grad_out.to(lse.dtype) * out).sum(-1, keepdim=True) for out in (out_a, out_b)]
+    both = weights[0] * dots[0] + weights[1] * dots[1]
+    from_lse = 0.0 if grad_lse is None else grad_lse.T.unsqueeze(-1)
+    of_lse = [(weight * (dot - both + from_lse)).squeeze(-1).T for weight, dot in zip(weights, dots, strict=True)]
+    return shares[0], of_lse[0] if needs[1] else _common.absent(lse), shares[1], of_lse[1] if needs[3] else _common.absent(lse)
 
 
 def _forward_impl(out_a, lse_a, out_b, lse_b):
     backend = backends.choose("merge_attention", out_a)
-    if backend == "reference":
-        return _common.run_reference(reference, out_a, lse_a, out_b, lse_b)
+    if backend in ("reference", "torch"):
+        return _common.run_reference(reference if backend == "reference" else _torch_forward, out_a, lse_a, out_b, lse_b)
     out, lse = _forward_fake(out_a, lse_a, out_b, lse_b)
-    if backend == "triton":
-        _triton().forward(out_a, lse_a, out_b, lse_b, out, lse)
+    if backend != "native":
+        _on_gpu(backend).forward(out_a, lse_a, out_b, lse_b, out, lse)
         return out, lse
     tokens, heads, dim = out_a.shape
     native.load().merge_attention_forward(
@@ -102,11 +132,13 @@ def _backward_impl(grad_out, grad_lse, out_a, lse_a, out_b, lse_b, needs):
     backend = backends.choose("merge_attention", out_a)
     if backend == "reference":
         return _common.reference_gradients(reference, inputs, needs, (grad_out, grad_lse))
+    if backend == "torch":
+        return _common.run_reference(_torch_backward, grad_out, grad_lse, *inputs, needs)
     grads = _backward_fake(grad_out, grad_lse, out_a, lse_a, out_b, lse_b, needs)
     tokens, heads, dim = out_a.shape
     grad_out = grad_out if grad_out is None or grad_out.stride(-1) == 1 else grad_out.contiguous()
-    if backend == "triton":
-        _triton().backward(grad_out, grad_lse, *inputs, [grad if need else None for grad, need in zip(grads, needs, strict=True)])
+    if backend != "native":
+        _on_gpu(backend).backward(grad_out, grad_lse, *inputs, [grad if need else None for grad, need in zip(grads, needs, strict=True)])
         return grads
     native.load().merge_attention_backward(
         native.dtype_code(out_a.dtype), (tokens, heads, dim),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from longvita_kernels import backends, native
-from longvita_kernels.ops import _common, _gemm
+from longvita_kernels.ops import _common, _gemm, _projector_path
 from longvita_kernels.spec import OpSpec, SampleInput, nbytes
 
 
@@ -48,7 +48,8 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
     → (N, rows/2 · cols/2, O) in x's dtype. All seven tensors take gradients; those that are frozen skip their part of the work.
 
     Statistics, sums and GELU are in float32. Memory beside inputs and outputs: GELU(z), and z if a gradient may follow, (tokens, D) each;
-    backward one (tokens, D), and a tensor like x if x is frozen but LayerNorm is not; per thread 7.7 MiB and two tokens of floats.
+    backward one (tokens, D), and a tensor like x if x is frozen but LayerNorm is not; and, kept for
+    the next call, 7.7 MiB and two tokens of floats a thread.
     Autocast casts x, weights and biases like `linear`, and leaves ln_weight and ln_bias.
     Raises ValueError for shapes, dtypes, devices or strides that do not fit.
     """
@@ -129,7 +130,7 @@ def _native_arguments(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, 
     """(what forward and backward share, what it points to and must live as long). stats and z are addresses; 0: nobody keeps them."""
     module, threads, (tile, patch, _), (tiles, _, channels) = native.load(), torch.get_num_threads(), x.stride(), x.shape
     dtype, sizes = native.dtype_code(x.dtype), (tiles, *grid, channels, w1.shape[0], w2.shape[0])
-    workspace = torch.empty(module.pixel_shuffle_projection_workspace(dtype, sizes, threads), dtype=torch.float32)
+    workspace = _gemm.take(module.pixel_shuffle_projection_workspace(dtype, sizes, threads))
     ln_weight, ln_bias, b1, b2 = vectors = _vector(ln_weight), _vector(ln_bias), _vector(b1), _vector(b2)
     first = x.data_ptr() + (patch * x.element_size() if class_token and tiles else 0)
     return (
@@ -159,13 +160,18 @@ def _forward_impl(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token, eps,
         y = x.new_empty(x.shape[0], (grid[0] // 2) * (grid[1] // 2), w2.shape[0])
         arguments, alive = _native_arguments(*inputs, grid, class_token, eps, 0, 0)
         native.load().pixel_shuffle_projection_forward(*arguments, y.data_ptr())
+        _gemm.give_back(alive[1])
         return y
     y, z, stats = _forward_fake(*inputs, grid, class_token, eps, save)
+    if backend == "torch":
+        y, z_all = _common.run_reference(_projector_path.forward, *inputs, grid, class_token, eps)
+        return y if only_out else (y, z_all if save else z, stats.zero_())  # its backward makes the statistics again
     if not native_runs:
         y = _common.run_reference(reference, x, ln_weight, ln_bias, w1, w2, b1=b1, b2=b2, grid=grid, class_token=class_token, eps=eps)
         return y if only_out else (y, z.zero_(), stats.zero_())  # its backward runs the definition again and reads neither
     arguments, alive = _native_arguments(*inputs, grid, class_token, eps, stats.data_ptr(), z.data_ptr())
     native.load().pixel_shuffle_projection_forward(*arguments, y.data_ptr())
+    _gemm.give_back(alive[1])
     return y, z, stats
 
 
@@ -180,6 +186,8 @@ def _backward_impl(grad, x, ln_weight, ln_bias, w1, b1, w2, b2, z, stats, grid, 
     backend = _backend(x)
     if backend == "triton":
         return _triton().backward(grad, *inputs, z, stats, grid, class_token, eps, needs)
+    if backend == "torch":
+        return _common.run_reference(_projector_path.backward, grad, *inputs, z, grid, class_token, eps, needs)
     if backend == "reference":
 
         def definition(x, ln_weight, ln_bias, w1, b1, w2, b2):
@@ -206,6 +214,7 @@ def _backward_impl(grad, x, ln_weight, ln_bias, w1, b1, w2, b2, z, stats, grid, 
         (patches.data_ptr(), vector[0].data_ptr(), vector[1].data_ptr(), out_w1.data_ptr(), vector[2].data_ptr(),
          out_w2.data_ptr(), vector[3].data_ptr()),
     )  # fmt: skip
+    _gemm.give_back(alive[1])
     cast = [v.to(t.dtype) if need else _common.absent(x) for v, t, need in zip(
         vector, (ln_weight, ln_bias, b1, b2), (need_lw, need_lb, need_b1, need_b2), strict=True)]  # fmt: skip
     return out_x if need_x else _common.absent(x), cast[0], cast[1], out_w1, cast[2], out_w2, cast[3]

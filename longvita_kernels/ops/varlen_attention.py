@@ -150,6 +150,8 @@ def _check(q, k, v, cu_q, cu_k, window_size, softcap, softmax_scale):
         _common.check_cu_seqlens("cu_seqlens_k", cu_k, q.device)
         if cu_q.shape != cu_k.shape:
             raise ValueError(f"cu_seqlens_q has {len(cu_q)} entries but cu_seqlens_k has {len(cu_k)}; both describe the same documents")
+    if len(cu_q) == 1 and q.shape[0] + k.shape[0]:  # a kernel would read the offset behind it
+        raise ValueError(f"cu_seqlens_q names no document, but there are {q.shape[0]} queries and {k.shape[0]} keys; end it with them")
 
 
 def _check_offsets(q, k, cu_q, cu_k):
@@ -177,10 +179,23 @@ def native_cannot(*, softmax_scale=None, **_):
     return None if softmax_scale is None or softmax_scale > 0 else "the kernels take a positive softmax_scale only"
 
 
-def _triton():
-    from longvita_kernels.triton import varlen_attention
+def cuda_cannot(*, q, k=None, v=None, softcap=0.0, **_):
+    """Why the CUDA C++ kernels cannot take a call with these arguments, or None."""
+    return _on_gpu("cuda").cannot(q, q if k is None else k, (q if k is None else k) if v is None else v, softcap)
 
+
+def _on_gpu(backend):
+    if backend == "cuda":
+        from longvita_kernels.cuda import varlen_attention
+    else:
+        from longvita_kernels.triton import varlen_attention
     return varlen_attention
+
+
+def backend_of(q, k, v, scale, softcap):
+    """What runs a call."""
+    unsupported = native_cannot(softmax_scale=scale)
+    return backends.choose("varlen_attention", q, unsupported, lambda: cuda_cannot(q=q, k=k, v=v, softcap=softcap))
 
 
 def _forward_impl(
@@ -189,7 +204,7 @@ def _forward_impl(
     """out, lse and its rest. Not for the dispatcher: `only_out`: just out, with lse in the scratch; `result`: the dtype of out, that of q
     or float32 (for parts that are added up later)."""
     _check_longest(cu_q, cu_k, max_q, max_k)
-    backend = backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale))
+    backend = backend_of(q, k, v, scale, softcap)
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     if backend != "native":
         _check_offsets(q, k, cu_q, cu_k)  # the native kernel does so itself
@@ -211,20 +226,16 @@ def _forward_impl(
     return out, lse, lse_rest
 
 
-def _widened(result, *tensors):
-    return tensors if result is None else tuple(tensor.to(torch.promote_types(tensor.dtype, result)) for tensor in tensors)
-
-
 def _forward_elsewhere(backend, q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, result):
     """out, lse and its rest on any backend but native."""
-    if backend == "triton":
+    if backend in ("cuda", "triton"):
         out = None if result is None else q.new_empty(q.shape, dtype=result)
-        return _triton().forward(q, k, v, cu_q, cu_k, scale, left, right, softcap, out=out)
-    q, k, v = _widened(result, q, k, v)
-    if backend == "reference":
-        out, lse = _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
-    else:
-        out, lse = _varlen_paths.forward(backend, q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic)
+        return _on_gpu(backend).forward(q, k, v, cu_q, cu_k, scale, left, right, softcap, out=out)
+    if backend != "reference":
+        settings = (max_q, max_k, scale, left, right, softcap, deterministic)
+        return _common.run_reference(_varlen_paths.forward, backend, q, k, v, cu_q, cu_k, *settings, result)
+    q, k, v = (x if result is None else x.to(torch.promote_types(x.dtype, result)) for x in (q, k, v))
+    out, lse = _common.run_reference(_as_reference, q, k, v, cu_q, cu_k, scale, left, right, softcap)
     return out, lse, torch.zeros_like(lse)
 
 
@@ -244,7 +255,7 @@ def _forward_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right, softcap
 def _backward_impl(
     grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, max_q, max_k, scale, left, right, softcap, deterministic, needs
 ):  # fmt: skip
-    backend = backends.choose("varlen_attention", q, native_cannot(softmax_scale=scale))
+    backend = backend_of(q, k, v, scale, softcap)
     if backend == "reference":
 
         def definition(q, k, v):
@@ -256,13 +267,14 @@ def _backward_impl(
         return native_backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, needs)
     grad_out = grad_out if grad_out is None or grad_out.stride(-1) == 1 else grad_out.contiguous()
     grads = _empty_gradients((q, k, v), needs)
-    if backend == "triton":
+    if backend in ("cuda", "triton"):
         wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        _triton().backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, *wanted)
+        _on_gpu(backend).backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, *wanted)
         return grads
     settings = (max_q, max_k, scale, left, right, softcap, deterministic)
-    found = _varlen_paths.backward(backend, grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, *settings)
-    return tuple(new.contiguous() if need else empty for new, need, empty in zip(found, needs, grads, strict=True))
+    tensors = (grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k)
+    found = _common.run_reference(_varlen_paths.backward, backend, *tensors, *settings)
+    return tuple(new if need else empty for new, need, empty in zip(found, needs, grads, strict=True))
 
 
 def native_backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k, scale, left, right, softcap, needs, *, result=None):

@@ -42,7 +42,7 @@ def ring_attention(q, k, v, plan, *, group=None, softmax_scale=None, return_lse=
 
     Works under no_grad, autocast and activation checkpointing. ValueError for arguments that do not fit, on every rank, before anything is
     sent: the first call of a kind compares plans, shapes and dtypes. RuntimeError, within the group's time-out, naming peer and step, when
-    a rank is gone or hangs (NCCL: its watchdog ends the process).
+    a rank is gone or hangs (NCCL: at 90 % of it, before its watchdog ends the process; the peer is one of those of that step).
     """
     group = transport.of(group)
     q, k, v = _common.autocast_tensors(q, k, v)
@@ -192,14 +192,8 @@ def _backward(ctx, grad_out, grad_lse, q, k, v, out, lse, lse_rest, program, nee
             rows = [_take(x, queries) for x in (grad_out, q, out)]
             of_lse = [None if x is None else _take(x.T, queries).T for x in (grad_lse, lse, lse_rest)]
             keys, values = traffic.take(tick, call.keys)
-            shares = partial.backward(
-                rows[0], of_lse[0], rows[1], keys, values, rows[2], *of_lse[1:], call, ctx.scale, needs
-            )  # fmt: skip
-            if needs[0]:
-                _add(dq, queries, shares[0])
-            for i in (1, 2):
-                if needs[i]:
-                    _add(traffic.gradients(tick)[:, i - 1], call.keys, shares[i])
+            dkv = [traffic.gradients(tick)[:, i - 1] if needs[i] else None for i in (1, 2)]
+            partial.backward(rows[0], of_lse[0], rows[1], keys, values, rows[2], *of_lse[1:], call, ctx.scale, dq, *dkv)
     traffic.finish()
     dkv = traffic.gradients(0) if needs[1] or needs[2] else None
     return [
@@ -219,11 +213,6 @@ def _take(x, ranges):
 def _put(x, ranges, rows):
     for (a, b), part in zip(ranges, rows.split([b - a for a, b in ranges]), strict=True):
         x[a:b] = part
-
-
-def _add(x, ranges, rows):
-    for (a, b), part in zip(ranges, rows.split([b - a for a, b in ranges]), strict=True):
-        x[a:b] += part
 
 
 class _Traffic:

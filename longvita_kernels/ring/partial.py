@@ -1,15 +1,14 @@
 """Attention to some of the keys, float32 out, and the gradients of these keys' share: what a step of the ring computes.
 
-The native kernel does both in one call whatever the inputs' dtype; elsewhere plain torch, document by document. For the gradients `out` and
-`lse` are those of the whole attention, so that the shares of all steps add up to its gradients (equations: ops/varlen_attention.py).
+Every backend does both in one call whatever the inputs' dtype. For the gradients `out` and `lse` are those of the whole attention, so that
+the shares of all steps add up to its gradients (equations: ops/varlen_attention.py).
 
-T: packed tokens. H, J: query heads, KV heads. D: head dimension. L: tokens of one document.
+T: packed tokens. H, J: query heads, KV heads. D: head dimension.
 """
 
 import torch
 
-from longvita_kernels import backends
-from longvita_kernels.ops import _common
+from longvita_kernels.ops import _common, _varlen_paths
 from longvita_kernels.ops import varlen_attention as varlen
 
 
@@ -26,35 +25,44 @@ def forward(q_THD, k_TJD, v_TJD, call, scale, result):
     return varlen._forward_impl(q_THD, k_TJD, v_TJD, cu_q, cu_k, *settings, result=result)
 
 
-def backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, call, scale, needs):
-    """Shares of (dq, dk, dv), float32; absent (no elements) where `needs` says so. Arguments as of the op's backward."""
+def backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, call, scale, dq, dk, dv):
+    """Adds the shares of the gradients to dq, dk and dv, float32, at the call's queries and keys; None: not needed.
+
+    The other arguments as of the op's backward: rows of the call.
+    """
     cu_q, cu_k, *_ = call.offsets(q.device)
-    if backends.choose("varlen_attention", q, varlen.native_cannot(softmax_scale=scale)) == "native":
-        tensors = grad_out, grad_lse, q, k, v, out, lse, lse_rest, cu_q, cu_k
-        return varlen.native_backward(*tensors, scale, call.left, call.right, 0.0, needs, result=torch.float32)
-    wide = dtype_of(q)
-    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    inputs = [x.to(wide) for x in (grad_out, grad_lse.T, q, out, lse.T)], [x.to(wide) for x in (k, v)]
-    ends_q, ends_k = call.cu_queries.tolist(), call.cu_keys.tolist()
-    shares = [
-        _document(*(x[a:b] for x in inputs[0]), *(x[c:d] for x in inputs[1]), scale, call.left, call.right)
-        for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
-    ]
-    empty = [x[:0].to(wide) for x in (q, k, v)]
-    return [torch.cat([none, *parts]) for none, parts in zip(empty, list(zip(*shares, strict=True)) or [[]] * 3, strict=True)]
+    tensors = grad_out, grad_lse, q, k, v, out, lse, lse_rest
+    window, targets = (call.left, call.right), ((dq, call.queries), (dk, call.keys), (dv, call.keys))
+    needs = [target is not None for target, _ in targets]
+    backend = varlen.backend_of(q, k, v, scale, 0.0)
+    if backend == "native":
+        shares = varlen.native_backward(*tensors, cu_q, cu_k, scale, *window, 0.0, needs, result=torch.float32)
+    elif backend == "cuda":
+        shares = varlen._empty_gradients((q, k, v), needs, torch.float32)
+        wanted = [share if need else None for share, need in zip(shares, needs, strict=True)]
+        varlen._on_gpu(backend).backward(*tensors, cu_q, cu_k, scale, *window, 0.0, *wanted)
+    elif backend == "triton":
+        shares = [None if x is None else _place(x, ranges) for x, ranges in targets]
+        varlen._on_gpu(backend).backward(*tensors, cu_q, cu_k, scale, *window, 0.0, *shares, add=True)
+        targets = [(None if len(ranges) == 1 else x, ranges) for x, ranges in targets]
+    else:
+        wide = dtype_of(q)
+        if backend == "reference":
+            tensors = [None if x is None else x.to(wide) for x in tensors]
+        shares = _common.run_reference(_varlen_paths.blocked_backward, *tensors, cu_q, cu_k, scale, *window, 0.0)
+    for (target, ranges), share in zip(targets, shares, strict=True):
+        if target is not None:
+            add(target, ranges, share)
 
 
-def _document(g_LHD, g_lse_LH, q_LHD, out_LHD, lse_LH, k_LJD, v_LJD, scale, left, right):
-    kv_heads = k_LJD.shape[1]
-    group = q_LHD.shape[1] // kv_heads
-    k_LHD, v_LHD = (x.repeat_interleave(group, dim=1) for x in (k_LJD, v_LJD))
-    scores_HLL = torch.einsum("qhd,khd->hqk", q_LHD, k_LHD) * scale
-    visible_LL = varlen._visible(*scores_HLL.shape[1:], left, right, q_LHD.device)
-    lse_HL1 = lse_LH.T.unsqueeze(-1).masked_fill(lse_LH.T.unsqueeze(-1) == -torch.inf, torch.inf)  # a row that saw nothing: P = 0
-    p_HLL = torch.exp(scores_HLL - lse_HL1).masked_fill(~visible_LL, 0.0)
-    delta_HL1 = ((g_LHD * out_LHD).sum(-1) - g_lse_LH).T.unsqueeze(-1)
-    ds_HLL = p_HLL * (torch.einsum("qhd,khd->hqk", g_LHD, v_LHD) - delta_HL1)
-    dq_LHD = torch.einsum("hqk,khd->qhd", ds_HLL, k_LHD) * scale
-    dk_LHD = torch.einsum("hqk,qhd->khd", ds_HLL, q_LHD) * scale
-    dv_LHD = torch.einsum("hqk,qhd->khd", p_HLL, g_LHD)
-    return dq_LHD, *(x.unflatten(1, (kv_heads, group)).sum(2) for x in (dk_LHD, dv_LHD))
+def _place(x, ranges):
+    """Rows of x that a kernel may add to: a view where there is one range, else zeros."""
+    if len(ranges) == 1:
+        return x[ranges[0][0] : ranges[0][1]]
+    return x.new_zeros(sum(b - a for a, b in ranges), *x.shape[1:])
+
+
+def add(x, ranges, rows):
+    """Add rows, end to end, to these ranges of x."""
+    for (a, b), part in zip(ranges, rows.split([b - a for a, b in ranges]), strict=True):
+        x[a:b] += part

@@ -1,10 +1,17 @@
 """Tensors between the ranks of a group, point to point, under way while something else is computed.
 
 `of(group)` gives what the ring needs of a torch.distributed group (gloo on CPUs, NCCL on GPUs): `rank`, `size`, `name`, `eager` and
-`exchange`. An object that has these itself is taken as it is: tests run many ranks in one process that way, the benchmark uses CUDA IPC.
+`exchange`. An object that has these itself is taken as it is: `PeerCopies` (peer_copies.py) for processes of one machine that share GPUs or
+reach each other's memory; tests run many ranks in one process that way.
 """
 
+import time
+
+import torch
 import torch.distributed as dist
+
+_PATIENCE = 0.9  # of the group's time-out: NCCL's own watchdog, which knows neither peer nor step, ends the process at 1
+_NAP = 20e-6  # seconds between two looks at a transfer: what a step may lose that waits for its keys
 
 
 def of(group):
@@ -25,6 +32,7 @@ class ProcessGroup:
 
         # NCCL runs what it is given one after the other: a send that is received much later would hold up everything behind it
         self.eager = dist.get_backend(self.group) == "gloo"
+        self._time_out = None if self.eager else _time_out(self.group)
 
     @property
     def name(self):
@@ -50,15 +58,30 @@ class ProcessGroup:
         pairs = list(zip(works, what, strict=True))
         return Transfers(self, step, pairs[: len(receives)], pairs[len(receives) :])
 
+    def deadline(self):
+        """When a transfer that begins now has taken too long, on `time.monotonic`; None: it says so itself."""
+        return None if self._time_out is None else time.monotonic() + _PATIENCE * self._time_out
+
     def failed(self, step, what):
         return f"ring_attention, rank {self.rank} of {self.size}, {step}: {what} failed; a peer has died, hangs, or called something else"
 
 
+def _time_out(group, device="cuda"):
+    """Seconds that a group gives an operation on such a device."""
+    return group._get_backend(torch.device(device)).options._timeout.total_seconds()
+
+
 class Transfers:
-    """What `exchange` began: [(work, what an error calls it)]."""
+    """What `exchange` began: [(work, what an error calls it)].
+
+    gloo's wait raises by itself. NCCL's only makes the stream wait: a dead peer would show as a hang, until the watchdog ends the process
+    with a message about a numbered operation. So there the host waits as well, until what it needs has come or the deadline has passed.
+    It has launched the step before by then, so the GPU is busy; a captured graph, in which nothing runs yet, is left alone.
+    """
 
     def __init__(self, group, step, receives, sends):
         self._group, self._step, self._receives, self._sends = group, step, receives, sends
+        self._deadline = group.deadline()
 
     def wait(self):
         """Until everything has arrived. RuntimeError, naming peer and step, when a peer is gone or the group's time-out is over."""
@@ -72,7 +95,18 @@ class Transfers:
     def _finish(self, works):
         for work, what in works:
             try:
+                if self._deadline is not None and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+                    self._watch(work)
                 work.wait()
             except RuntimeError as error:
                 raise RuntimeError(f"{self._group.failed(self._step, what)}: {error}") from error
         return []
+
+    def _watch(self, work):
+        """Until a work is complete, with success or not, or too late."""
+        while not work.is_completed():
+            if time.monotonic() > self._deadline:
+                raise RuntimeError(f"nothing has come through within {_PATIENCE:.0%} of the group's time-out")
+            time.sleep(_NAP)
+        if (error := work.exception()) is not None:
+            raise RuntimeError(str(error))

@@ -46,9 +46,11 @@ class CompileSpec:
 
 
 def spec(name, kernel, capability, types, constexprs, *, warps=4, stages=3, matrix=False, unaligned=()):
-    """CompileSpec with the arguments written by type: {"*bf16": "x y", "i32": "rows"}. All are divisible by 16 but fp32 and `unaligned`."""
+    """CompileSpec with the arguments written by type: {"*bf16": "x y", "i32": "rows"}. All are divisible by 16 but fp32, `unaligned` and
+    tensor descriptors, which have no value."""
     signature = {argument: kind for kind, arguments in types.items() for argument in arguments.split()}
-    aligned = tuple(argument for argument, kind in signature.items() if kind != "fp32" and argument not in unaligned)
+    plain = {argument for argument, kind in signature.items() if kind != "fp32" and not kind.startswith("tensordesc")}
+    aligned = tuple(argument for argument in signature if argument in plain and argument not in unaligned)
     return CompileSpec(
         name=name, kernel=kernel, signature=signature, constexprs=constexprs, num_warps=warps, num_stages=stages, matrix=matrix,
         capability=capability, aligned=aligned,

@@ -7,7 +7,7 @@ label, statistics (5, n) and coefficients (3, n) stand.
 import triton
 import triton.language as tl
 
-from longvita_kernels.triton._matmul import device_rows, half, multiply, rounded, tile_position
+from longvita_kernels.triton._matmul import device_rows, half, multiply, multiply_blocks, rounded, tile_position
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def logits_kernel(
     x, w, logits, partial, kept, labels, count, first, statistics, coefficients, softcap, vocab_start, chunk, V, H, n,
     stride_w, stride_l, partial_rows,
     CAP: tl.constexpr, STORE: tl.constexpr, GRADIENT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TMA_A: tl.constexpr, TMA_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """GRADIENT: stores the gradient of the logits; else their partial statistics and, with STORE, the logits. Row m of x is position
     kept[first + m]; labels and statistics stand at positions, n of them."""
@@ -85,10 +85,13 @@ def logits_kernel(
         tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, 16)
         m, v = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         ok_M, ok_N = m < present, v < V
-        x_MK = x + m.to(tl.int64)[:, None] * H + k[None, :]
-        w_KN = w + v.to(tl.int64)[None, :] * stride_w + k[:, None]
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        product = multiply(product, x_MK, w_KN, ok_M, ok_N, H, 1, 1, BLOCK_K, EVEN_K, PRECISION)
+        if TMA_A == "":
+            x_MK = x + m.to(tl.int64)[:, None] * H + k[None, :]
+            w_KN = w + v.to(tl.int64)[None, :] * stride_w + k[:, None]
+            product = multiply(product, x_MK, w_KN, ok_M, ok_N, H, 1, 1, BLOCK_K, EVEN_K, PRECISION)
+        else:  # rows that do not exist hold anything; what comes of them is stored nowhere, or read by nobody
+            product = multiply_blocks(product, x, w, tile_m * BLOCK_M, tile_n * BLOCK_N, H, TMA_A, TMA_B, BLOCK_K, PRECISION)
         at = tl.load(kept + first + m, mask=ok_M, other=0)
         label = tl.load(labels + at, mask=ok_M, other=-1) - vocab_start
         for side in tl.static_range(2):

@@ -34,6 +34,19 @@ COUNTS = (
 )
 
 
+_UNLIMITED = 1 << 30  # a window wider than any document
+
+
+def window(left, right):
+    """(left, right) as kernels take them: −1, no limit, as one wider than any document."""
+    return tuple(min(_UNLIMITED, side) if side >= 0 else _UNLIMITED for side in (left, right))
+
+
+def scales(scale, softcap):
+    """(scale2, cap): a score in units of log 2 = scale2 · x, with x = q·k, or tanh(cap · q·k)."""
+    return (softcap * LOG2E.value, scale / softcap) if softcap > 0 else (scale * LOG2E.value, 0.0)
+
+
 @triton.jit
 def bounded(ptr, index, low, high):
     """ptr[index], at least low and at most high."""

@@ -23,8 +23,10 @@ from longvita_kernels.triton._tiles import (
     extent,
     first_row,
     multipliable,
+    scales,
     tanh,
     visible_range,
+    window,
     work_item,
 )
 
@@ -37,7 +39,6 @@ BLOCKS = {
 }  # fmt: skip
 _MAX_SPLITS, _MIN_KEYS = 32, 256  # parts of a sequence at most, keys of a part at least
 _PARTIAL_BYTES = 64 << 20  # what partial results may take
-_UNLIMITED = 1 << 30
 
 
 @triton.jit
@@ -147,8 +148,8 @@ def decode(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scal
     batch, kv_heads, paged, quantised = len(cache_seqlens), k_cache.shape[2], block_table is not None, k_scale is not None
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
-    if tokens == 0:
-        return out, lse
+    if tokens * batch == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
     group, block_dim = heads // kv_heads, _launch.power_of_2(dim)
     many = tokens * group > 16 * batch
     tile = _launch.blocks(BLOCKS, _launch.capability(q.device), (q.element_size(), max(64, block_dim), many))
@@ -159,17 +160,16 @@ def decode(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scal
         part = torch.empty(splits, tokens, heads, dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(splits, heads, tokens, dtype=torch.float32, device=q.device)
     k_bits, v_bits = as_bits(k_cache), as_bits(v_cache)
-    scales = (k_scale, v_scale) if quantised else (k_bits, v_bits)
+    factors = (k_scale, v_scale) if quantised else (k_bits, v_bits)
     items = (tokens * group // tile.m + batch) * kv_heads * splits
     programs = _launch.programs(q.device, items, tile.per_sm)
-    scale2, cap = (softcap / LN2.value, scale / softcap) if softcap > 0 else (scale / LN2.value, 0.0)
     shape = {"HEADS": heads, "DIM": dim, "BLOCK_DIM": block_dim, "SPLITS": splits}
     decode_kernel[(programs,)](
-        q, k_bits, v_bits, *scales, part, part_lse, cu_seqlens_q, cache_seqlens, block_table if paged else cache_seqlens,
-        *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *scales[0].stride()[:3], *scales[1].stride()[:3],
+        q, k_bits, v_bits, *factors, part, part_lse, cu_seqlens_q, cache_seqlens, block_table if paged else cache_seqlens,
+        *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *factors[0].stride()[:3], *factors[1].stride()[:3],
         tokens, batch, batch.bit_length(), items, triton.cdiv(items, programs),
-        *(x if 0 <= x < _UNLIMITED else _UNLIMITED for x in (left, right)), capacity, block_table.stride(0) if paged else 0,
-        k_cache.shape[0], k_cache.shape[1], scale2, cap,
+        *window(left, right), capacity, block_table.stride(0) if paged else 0,
+        k_cache.shape[0], k_cache.shape[1], *scales(scale, softcap),
         **shape, GROUP=group, M=tile.m, N=tile.n, MIN_KEYS=_MIN_KEYS, PAGED=paged, QUANTISED=quantised,
         FP8=_float8(k_cache.dtype, _launch.capability(q.device)), SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -189,10 +189,11 @@ def _gather(hidden, rows, kept, count, first, x):
 def _logits(x, weight, logits, partial, kept, labels, count, first, softcap, vocab_start, statistics, coefficients=None):
     tile, (V, H), chunk = _tile(x), weight.shape, x.shape[0]
     grid = _launch.programs(x.device, triton.cdiv(chunk, tile.m) * triton.cdiv(V, tile.n), tile.per_sm)
+    a, b, described = _matmul.operands(x, weight, tile)
     logits_kernel[(grid,)](
-        x, weight, logits, partial, kept, labels, count, first, statistics, coefficients, softcap, vocab_start, chunk, V, H,
+        a, b, logits, partial, kept, labels, count, first, statistics, coefficients, softcap, vocab_start, chunk, V, H,
         labels.shape[0], weight.stride(0), 0 if logits is None else logits.stride(0), 0 if partial is None else partial.shape[2],
-        CAP=softcap > 0.0, STORE=logits is not None, GRADIENT=coefficients is not None, EVEN_K=H % tile.k == 0,
+        CAP=softcap > 0.0, STORE=logits is not None, GRADIENT=coefficients is not None, EVEN_K=H % tile.k == 0, **described,
         **_matmul.blocks(x.dtype, tile), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -253,13 +254,16 @@ def _row_specs(capability):
 
 def _product_specs(capability, dtype):
     kind, tile = _matmul.TYPES[dtype], _matmul.tile_for(dtype, capability)
-    types = {
-        f"*{kind}": "x w logits", "*i32": "kept count", "*i64": "labels", "fp32": "softcap",
-        "i32": "first vocab_start chunk V H n stride_w stride_l partial_rows",
-    }  # fmt: skip
-    types["*fp32"] = types.get("*fp32", "") + " partial statistics coefficients"
-    for name, cap, gradient in (("logits", False, False), ("logits, softcap", True, False), ("logits again", True, True)):
-        constexprs = {"CAP": cap, "STORE": True, "GRADIENT": gradient, "EVEN_K": True} | _matmul.blocks(dtype, tile)
+    variants = [("logits", False, False, True), ("logits, softcap", True, False, True), ("logits again", True, True, True)]
+    if tile.tma:
+        variants.append(("logits by pointers", False, False, False))
+    for name, cap, gradient, tma in variants:
+        x_type, w_type, described = _matmul.operand_types(kind, tile, "k", "k", tma)
+        types = {x_type: "x", "*i32": "kept count", "*i64": "labels", "fp32": "softcap"}
+        types["i32"] = "first vocab_start chunk V H n stride_w stride_l partial_rows"
+        for more, names in ((w_type, "w"), (f"*{kind}", "logits"), ("*fp32", "partial statistics coefficients")):
+            types[more] = types.get(more, "") + " " + names
+        constexprs = {"CAP": cap, "STORE": True, "GRADIENT": gradient, "EVEN_K": True} | described | _matmul.blocks(dtype, tile)
         yield spec(
             f"linear_cross_entropy {name} {kind}", logits_kernel, capability, types, constexprs, warps=tile.warps, stages=tile.stages,
             matrix=dtype != torch.float32, unaligned=("n",),
@@ -268,6 +272,8 @@ def _product_specs(capability, dtype):
     yield _matmul.matmul_spec("linear_cross_entropy grad hidden", capability, dtype, **rows)
     weight = {"a_dense": "m", "b_dense": "n", "count_along": "K"}
     yield _matmul.matmul_spec("linear_cross_entropy grad weight", capability, dtype, **weight)
+    if tile.tma:
+        yield _matmul.matmul_spec("linear_cross_entropy grad weight by pointers", capability, dtype, tma=False, **weight)
     yield _matmul.matmul_spec("linear_cross_entropy grad weight, added", capability, dtype, accumulate=True, **weight)
     yield _matmul.matmul_spec("linear_cross_entropy grad hidden at once", capability, dtype, c_dtype=dtype, factor=True, **rows)
     yield _matmul.matmul_spec("linear_cross_entropy grad weight at once", capability, dtype, c_dtype=dtype, factor=True, **weight)

@@ -6,7 +6,6 @@ bits depend neither on the run nor on the other documents of the batch. T: token
 """
 
 import itertools
-import math
 
 import torch
 import triton
@@ -14,7 +13,7 @@ import triton
 from longvita_kernels.triton import _launch
 from longvita_kernels.triton._compile import CAPABILITIES, CompileSpec
 from longvita_kernels.triton._launch import Blocks
-from longvita_kernels.triton._tiles import cost_kernel
+from longvita_kernels.triton._tiles import cost_kernel, scales, window
 from longvita_kernels.triton._varlen_backward import keys_kernel, queries_kernel, rows_kernel
 from longvita_kernels.triton._varlen_forward import forward_kernel
 
@@ -31,7 +30,8 @@ BLOCKS = {
         80: {(2, 64): Blocks(64, 128, 8, 2, 1), (2, 128): Blocks(64, 64, 8, 2, 1), (2, 256): Blocks(16, 64, 8, 1, 1),
              (4, 64): Blocks(32, 32, 8, 1), (4, 128): Blocks(16, 32, 8, 1), (4, 256): Blocks(16, 16, 8, 1)},
         90: {(2, 64): Blocks(64, 128, 8, 2, 1), (2, 128): Blocks(32, 128, 8, 2, 1), (2, 256): Blocks(16, 64, 8, 2, 1)},
-        100: {(2, 64): Blocks(64, 128, 8, 2, 1), (2, 128): Blocks(32, 128, 8, 2, 1), (2, 256): Blocks(16, 64, 8, 1, 1)},
+        100: {(2, 64): Blocks(64, 128, 8, 2, 1), (2, 128): Blocks(32, 128, 8, 2, 1), (2, 256): Blocks(16, 64, 8, 1, 1),
+              (4, 64): Blocks(64, 32, 8, 1)},
     },
     "queries": {
         80: {(2, 64): Blocks(128, 64, 8, 2, 1), (2, 128): Blocks(64, 64, 8, 2, 1), (2, 256): Blocks(64, 32, 8, 1, 1),
@@ -42,11 +42,9 @@ BLOCKS = {
 }  # fmt: skip
 for _table in BLOCKS.values():
     _table[120] = _table[80]
-_UNLIMITED = 1 << 30  # a window wider than any document
 _WIDE_STRIDE = 1 << 23  # of 256 rows at most
 
 _COST_CHUNK, _ROWS = 256, 16  # slots and rows per program of the small kernels
-_LOG2E = 1 / math.log(2)
 
 
 def _blocks(kernel, capability, dtype, dim):
@@ -68,7 +66,7 @@ def forward(q, k, v, cu_q, cu_k, scale, left, right, softcap, *, out=None):
     schedule = _Schedule(cu_q, cu_k, tokens, k.shape[0], tile.m, left, right, heads, tile.per_sm)
     forward_kernel[schedule.grid](
         q, k, v, out, lse, rest, cu_q, cu_k, schedule.order, *_strides(q, k, v, out), schedule.documents, tokens, k.shape[0],
-        schedule.steps, schedule.items, schedule.turns, *_window(left, right), *_scales(scale, softcap),
+        schedule.steps, schedule.items, schedule.turns, *window(left, right), *scales(scale, softcap),
         **_shape(q, k), M=tile.m, N=tile.n, SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse, rest
@@ -82,7 +80,7 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, rest, cu_q, cu_k, scale, lef
     """
     q, k, v = _narrow(q, k, v)
     tokens, heads, dim = q.shape
-    sides, settings = (cu_q, cu_k, tokens, k.shape[0]), (scale, *_scales(scale, softcap))
+    sides, settings = (cu_q, cu_k, tokens, k.shape[0]), (scale, *scales(scale, softcap))
     stats = torch.empty(3, heads, tokens, dtype=torch.float32, device=q.device)
     grad, grad_lse_ = out if grad_out is None else _narrow(grad_out)[0], lse if grad_lse is None else grad_lse
     rows = tokens * heads
@@ -99,7 +97,7 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, rest, cu_q, cu_k, scale, lef
         dk_, dv_ = k if dk is None else dk, v if dv is None else dv
         keys_kernel[schedule.grid](
             q, k, v, grad, stats, dk_, dv_, cu_q, cu_k, schedule.order, *_strides(q, k, v, grad, dk_, dv_), schedule.documents, *sides[2:],
-            rows, schedule.steps, schedule.items, schedule.turns, *_window(left, right), *settings, **common, M=tile.m, N=tile.n,
+            rows, schedule.steps, schedule.items, schedule.turns, *window(left, right), *settings, **common, M=tile.m, N=tile.n,
             NEED_K=dk is not None, NEED_V=dv is not None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if tokens and dq is not None:
@@ -107,7 +105,7 @@ def backward(grad_out, grad_lse, q, k, v, out, lse, rest, cu_q, cu_k, scale, lef
         schedule = _Schedule(*sides, tile.m, left, right, heads, tile.per_sm)
         queries_kernel[schedule.grid](
             q, k, v, grad, stats, dq, cu_q, cu_k, schedule.order, *_strides(q, k, v, grad, dq), schedule.documents, *sides[2:],
-            rows, schedule.steps, schedule.items, schedule.turns, *_window(left, right), *settings, **common, M=tile.m, N=tile.n,
+            rows, schedule.steps, schedule.items, schedule.turns, *window(left, right), *settings, **common, M=tile.m, N=tile.n,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -125,7 +123,7 @@ class _Schedule:
         cost = torch.empty(slots, dtype=torch.int32, device=cu_rows.device)
         if slots:
             cost_kernel[(triton.cdiv(slots, _COST_CHUNK),)](
-                cost, cu_rows, cu_columns, self.documents, rows, columns, self.steps, slots, *_window(left, right), BLOCK=block,
+                cost, cu_rows, cu_columns, self.documents, rows, columns, self.steps, slots, *window(left, right), BLOCK=block,
                 CHUNK=_COST_CHUNK,
             )  # fmt: skip
         self.order = torch.argsort(cost, descending=True)
@@ -142,15 +140,6 @@ def _narrow(*tensors):
 
 def _strides(*tensors):
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
-
-
-def _window(left, right):
-    return (min(_UNLIMITED, side) if side >= 0 else _UNLIMITED for side in (left, right))
-
-
-def _scales(scale, softcap):
-    """(scale2, cap): score in log 2 = scale2 · x, with x = q·k, or tanh(cap · q·k)."""
-    return (softcap * _LOG2E, scale / softcap) if softcap > 0 else (scale * _LOG2E, 0.0)
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- compiling

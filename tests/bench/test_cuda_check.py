@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install longvita[triton]")
 
-from bench import cuda_check  # noqa: E402
+from bench import cuda_check, cuda_cpp  # noqa: E402
 
 _SASS = """
 .L_x_0:
@@ -25,6 +25,12 @@ _RESOURCES = "Function k: REG:168 STACK:8 SHARED:0 LOCAL:0"
 GOOD = {
     "registers": 168, "stack": 8, "shared": 1024, "spills": 2, "loop_spills": 0, "multiplies_with": ["HGMMA"], "main_loops": 1,
 }  # fmt: skip
+
+
+def test_a_loop_that_waits_inside_the_main_loop_hides_nothing():
+    waits = ".L_x_7:\n SYNCS.PHASECHK P0 ;\n @!P0 BRA `(.L_x_7) ;\n LDL R2, [R1]"
+    found = cuda_check.figures(_SASS.format(inner=waits), _RESOURCES, 1024, True)
+    assert (found["main_loops"], found["loop_spills"], found["multiplies_with"]) == (1, 1, ["HGMMA"])
 
 
 def test_only_the_innermost_loop_counts():
@@ -62,13 +68,75 @@ def test_regressions():
     assert "not in compile.json" in cuda_check.regressions("k", 90, GOOD, None)[0]
 
 
+def _kept(part):
+    table = json.loads(cuda_check.TABLE.read_text())[part]
+    return {(name, int(arch.removeprefix("sm_"))): found for name, row in table.items() for arch, found in row.items()}
+
+
 def test_the_table_names_kernels_that_exist_and_pass():
     """That it names all of them is for make cuda-check to say, which compiles them."""
-    table, specs = json.loads(cuda_check.TABLE.read_text()), cuda_check.specs()
-    kept = {(name, int(arch.removeprefix("sm_"))): found for name, row in table["kernels"].items() for arch, found in row.items()}
+    kept, specs = _kept("kernels"), cuda_check.specs()
     assert kept and set(kept) <= set(specs)
     for (name, capability), found in kept.items():
         assert not cuda_check.problems(name, capability, specs[name, capability].matrix, found)
+
+
+def test_the_table_names_files_in_cuda_cpp_that_exist_and_pass():
+    kept, there = _kept("cuda_kernels"), {(source.name, cuda_cpp.capability(architecture)) for source, architecture in cuda_cpp.units()}
+    assert kept and {(name.split()[0], capability) for name, capability in kept} <= there
+    for (name, capability), found in kept.items():
+        file, kernel = name.split(maxsplit=1)
+        assert not cuda_check.problems(name, capability, cuda_cpp.matrix(cuda_cpp.FOLDER / file, kernel), found)
+
+
+@pytest.mark.parametrize(
+    ("written", "short"),
+    [
+        ("void longvita::cuda::(anonymous namespace)::few_rows_kernel<float, true>(longvita::Args, int)", "few_rows_kernel<float, true>"),
+        ("void a::k<(longvita::DType)1, 128>(a::Map<int (*)(int)>)", "k<(DType)1, 128>"),
+        ("longvita::plain_kernel(int)", "plain_kernel"),
+    ],
+)
+def test_names_of_kernels(written, short):
+    assert cuda_cpp.short_name(written) == short
+
+
+def test_what_a_file_says_of_itself(tmp_path):
+    file = tmp_path / "k.cu"
+    file.write_text("// architectures: sm_80 sm_90a\n// wgmma: forward_kernel keys_\n")
+    assert cuda_cpp.architectures(file) == ("sm_80", "sm_90a") and [cuda_cpp.capability(a) for a in ("sm_80", "sm_100a")] == [80, 100]
+    assert (
+        cuda_cpp.matrix(file, "forward_kernel<128>") and cuda_cpp.matrix(file, "keys_kernel") and not cuda_cpp.matrix(file, "rows_kernel")
+    )
+    file.write_text("#include <x>\n")
+    with pytest.raises(ValueError, match="k.cu begins with '#include <x>'; expected a line like '// architectures: sm_80 sm_90a sm_100a'"):
+        cuda_cpp.architectures(file)
+    assert not cuda_cpp.matrix(file, "forward_kernel")
+
+
+def test_a_missing_nvcc_is_a_failure_unless_it_is_accepted(monkeypatch, capsys):
+    monkeypatch.setattr(cuda_cpp.shutil, "which", lambda name: None)
+    assert cuda_check.main(["--no-triton", "--only", "merge_attention.cu"]) == 1
+    assert (
+        "nvcc was not found, and csrc/cuda/ needs it. Remedy: put CUDA's bin folder on the PATH, or --no-cuda-cpp"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit):  # then nothing is left of this name
+        cuda_check.main(["--no-cuda-cpp", "--only", "merge_attention.cu"])
+
+
+def test_the_parts_of_the_table_are_kept_apart(tmp_path, monkeypatch):
+    table = tmp_path / "compile.json"
+    table.write_text('{"triton": "0", "kernels": {"a": {"sm_90": 1}}, "nvcc": "0", "cuda_kernels": {"old.cu k": {"sm_90": 2}}}')
+    monkeypatch.setattr(cuda_check, "TABLE", table)
+    monkeypatch.setattr(cuda_cpp, "version", lambda: "13.0.88")
+    cuda_check._keep({"nvcc": {("new.cu k", 90): GOOD}}, everything=True)
+    kept = json.loads(table.read_text())
+    assert kept["kernels"] == {"a": {"sm_90": 1}} and kept["triton"] == "0"
+    assert kept["cuda_kernels"] == {"new.cu k": {"sm_90": GOOD}} and kept["nvcc"] == "13.0.88"
+    assert not cuda_check._compare({"nvcc": {("new.cu k", 90): GOOD}}, everything=True)
+    assert "spills rose" in cuda_check._compare({"nvcc": {("new.cu k", 90): GOOD | {"spills": 3}}}, everything=True)[0]
+    assert "no kernel is called so" in cuda_check._compare({"nvcc": {}}, everything=True)[0]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

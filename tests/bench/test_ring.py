@@ -86,7 +86,7 @@ def test_a_small_run_on_two_processes_ends_with_json(capfd, tmp_path):
 @pytest.mark.dist
 def test_a_wrong_op_gets_no_times(monkeypatch):
     monkeypatch.setattr(ring, "ring_attention", lambda *args, **kwargs: ring_attention(*args, **kwargs) * 1.05)
-    arguments = argparse.Namespace(device="cpu", peers=False, rounds=1)
+    arguments = argparse.Namespace(device="cpu", peer_copies=False, peers=False, rounds=1)
     case = ring.Case(label="made up", lengths=[100, 60], dtype=torch.float32, heads=2, kv_heads=1, dim=16)
     (result,) = ring._on_processes(2, [case], arguments)
     assert "seconds" not in result and any("ring: rank 1, out differs" in problem for problem in result["problems"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from longvita_kernels import backends, testing
+from longvita_kernels.cuda import native_cuda
 from longvita_kernels.spec import all_specs
 
 SPECS = list(all_specs().values())
@@ -19,15 +20,23 @@ def _name(value):
 
 def _choices():
     """(spec, dtype, backend): ours for every op, and the other ways where they are."""
+    yield from ((spec, dtype, backend) for spec, backend in OURS for dtype in spec.dtypes)
     for spec in SPECS:
         for dtype in spec.dtypes:
-            yield spec, dtype, "triton"
-            if spec.name in backends.TORCH_OPS:
-                yield spec, dtype, "torch"
+            yield spec, dtype, "torch"
             if spec.name in backends.FLASH_OPS and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
                 yield spec, dtype, "flash_attn"
 
 
+def _ours():
+    """(spec, backend): Triton for every op, and CUDA C++ for the ops that it has, where it was built (its attention: test_cuda.py)."""
+    yield from ((spec, "triton") for spec in SPECS)
+    if native_cuda.load() is not None:
+        yield from ((spec, "cuda") for spec in SPECS if spec.name in backends.CUDA_OPS - {"varlen_attention"})
+
+
+OURS = list(_ours())
+each_of_ours = pytest.mark.parametrize(("spec", "backend"), OURS, ids=_name)
 each_choice = pytest.mark.parametrize(("spec", "dtype", "backend"), list(_choices()), ids=_name)
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=_name)
 
@@ -67,9 +76,9 @@ def test_frozen_inputs_and_unused_outputs(spec, dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
-@each_spec
-def test_fifty_runs_agree_in_every_bit(spec, dtype):
-    with backends.use("triton"):
+@each_of_ours
+def test_fifty_runs_agree_in_every_bit(spec, backend, dtype):
+    with backends.use(backend):
         for sample in _samples(spec.name, dtype):
             first = testing.run(spec.op, spec, sample)
             for _ in range(49):
@@ -90,10 +99,10 @@ def _in_place(spec, sample, leaves):
     return [out.detach() for out in outputs] + list(grads)
 
 
-@each_spec
-def test_calls_can_be_captured_and_never_synchronise(spec):
+@each_of_ours
+def test_calls_can_be_captured_and_never_synchronise(spec, backend):
     """Forward and backward; a bool mask of rows is the one form that synchronises."""
-    with backends.use("triton"):
+    with backends.use(backend):
         for sample in _samples(spec.name, torch.bfloat16):
             bound = spec.bind(sample)
             if any(isinstance(value, torch.Tensor) and value.dtype == torch.bool for value in bound.values()):
@@ -118,9 +127,9 @@ def test_calls_can_be_captured_and_never_synchronise(spec):
                 testing.assert_bit_equal(got, want, name=f"{spec.name}[{sample.label}]")
 
 
-@each_spec
-def test_compiles_without_a_graph_break(spec):
-    with backends.use("triton"):
+@each_of_ours
+def test_compiles_without_a_graph_break(spec, backend):
+    with backends.use(backend):
         sample = _samples(spec.name, torch.bfloat16)[0]
         torch._dynamo.reset()
         eager = testing.run(spec.op, spec, sample)

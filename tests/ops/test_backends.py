@@ -61,7 +61,7 @@ def test_a_failed_request_changes_nothing(without_native):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="unknown backend 'cuda13'; expected one of native, triton, flash_attn, torch, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'cuda13'; expected one of native, cuda, triton, flash_attn, torch, reference"):
         backends.use("cuda13")
 
 
@@ -135,8 +135,8 @@ def test_a_kernel_that_never_ran_on_hardware_is_no_default(h100):
     ) as warned:
         assert [backends.choose("varlen_attention", _OnGpu()) for _ in range(3)] == ["torch"] * 3
     assert len(warned) == 1
-    with pytest.warns(RuntimeWarning, match="merge_attention on the plain torch reference: no kernel is verified on sm_90"):
-        assert backends.choose("merge_attention", _OnGpu()) == "reference"
+    with pytest.warns(RuntimeWarning, match="merge_attention on torch's own kernels and products: no kernel is verified on sm_90"):
+        assert backends.choose("merge_attention", _OnGpu()) == "torch"
     with backends.use("triton"):
         assert backends.choose("varlen_attention", _OnGpu()) == "triton"
         assert backends._decide("varlen_attention", _OnGpu(), None)[1] == "requested; not verified on sm_90"
@@ -155,7 +155,7 @@ def test_among_verified_backends_the_fastest_that_can_is_chosen(h100, recwarn):
     with backends.use("triton"):
         assert backends._decide("varlen_attention", _OnGpu(), None)[1] == "requested; verified on sm_90, see bench/results/triton.json"
     with pytest.warns(RuntimeWarning, match="no kernel is verified on sm_90"):  # another architecture's result says nothing
-        assert backends.choose("merge_attention", _OnGpu()) == "reference"
+        assert backends.choose("merge_attention", _OnGpu()) == "torch"
 
 
 def test_a_request_concerns_the_ops_that_a_backend_has(h100):

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from longvita_kernels import memory
+from longvita_kernels import memory, testing
+from longvita_kernels.ops import _gemm
 
 SMAPS = Path("/proc/self/smaps")
 
@@ -43,3 +44,31 @@ def test_a_small_tensor_is_like_any_other(shape):
 
 def test_other_devices_get_what_torch_gives():
     assert memory.empty(8 << 20, dtype=torch.uint8, device="meta").device.type == "meta"
+
+
+def test_the_workspace_of_one_call_serves_the_next(monkeypatch):
+    monkeypatch.setattr(_gemm, "_waiting", [])
+    first = _gemm.take(1000)
+    other = _gemm.take(1000)
+    assert first.data_ptr() != other.data_ptr()  # two threads never share one
+    _gemm.give_back(first)
+    again = _gemm.take(500)
+    assert again.data_ptr() == first.data_ptr()
+    _gemm.give_back(again)
+    larger = _gemm.take(2000)
+    assert larger.numel() >= 2000 and _gemm._waiting == []
+    _gemm.give_back(larger)
+    _gemm.give_back(other)
+    assert len(_gemm._waiting) == 1
+    huge = torch.empty(_gemm._LIMIT * torch.get_num_threads() + 1, device="meta")
+    _gemm._waiting.clear()
+    _gemm.give_back(huge)
+    assert _gemm._waiting == []
+
+
+def test_poisoned_calls_never_get_a_used_workspace():
+    used = _gemm.take(1 << 16).fill_(0.0)
+    _gemm.give_back(used)
+    with testing.poisoned_empty():
+        assert torch.isnan(_gemm.take(1 << 10)).all()
+        assert torch.isnan(_gemm.take(1 << 10)).all()

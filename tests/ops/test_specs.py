@@ -70,10 +70,18 @@ def test_forward_and_gradients_are_accurate(spec, dtype, backend):
     _check_all(spec, dtype, lambda sample: [{}])
 
 
-@pytest.mark.parametrize(("spec", "dtype"), [(s, d) for s in SPECS if s.name in backends.TORCH_OPS for d in s.dtypes], ids=_name)
+@each_spec_and_dtype
 def test_the_ways_inside_torch_are_accurate(spec, dtype):
+    """All at once, as they are a GPU's default: forward alone, every gradient, each input frozen in turn, each output alone."""
     backends.use("torch")
-    _check_all(spec, dtype, lambda sample: [{}] + [{"used": (name,)} for name in spec.outputs if sample.differentiable])
+
+    def choices(sample):
+        names = sample.differentiable
+        yield from ({}, {"wrt": ()}) if names else ({},)
+        yield from ({"wrt": tuple(n for n in names if n != frozen)} for frozen in names if len(names) > 1)
+        yield from ({"used": (name,)} for name in spec.outputs if names and len(spec.outputs) > 1)
+
+    _check_all(spec, dtype, choices)
 
 
 @each_differentiable_spec_and_dtype
@@ -160,6 +168,10 @@ def _pattern(op, args):
     return op.name(), tuple(kinds)
 
 
+with_torch = pytest.mark.parametrize("backend", ["native", "torch", "reference"], indirect=True)
+
+
+@with_torch
 @each_spec
 def test_opcheck(spec, backend):
     samples = _samples(spec.name, torch.float32)
@@ -217,6 +229,7 @@ def test_bits_do_not_depend_on_threads_or_run(spec, dtype):
 # ------------------------------------------------------------------------------------------------------------------------------- autocast
 
 
+@with_torch
 @each_spec
 def test_autocast_casts_what_the_spec_says(spec, backend):
     sample = _samples(spec.name, torch.float32)[0]

@@ -247,6 +247,8 @@ def call(*, q=(10, 4, 32), k=(10, 2, 32), v=None, cu_q=(0, 4, 10), cu_k=None, dt
     ({"q": torch.zeros(10, 4, 64)[..., ::2]}, r"stride 2 in its last dimension; expected 1. Remedy: q.contiguous\(\)"),
     ({"cu_q": (0, 4, 9)}, "cu_seqlens_q ends at 9 but there are 10 tokens"),
     ({"cu_q": (1, 4, 10)}, "cu_seqlens_q starts at 1; expected 0"),
+    ({"cu_q": (0,)}, "cu_seqlens_q ends at 0 but there are 10 tokens"),
+    ({"q": torch.zeros(10, 4, 64)[..., :32], "cu_q": (0,)}, "cu_seqlens_q names no document, but there are 10 queries and 10 keys"),
     ({"cu_q": (0, 7, 4, 10)}, "cu_seqlens_q falls from 7 to 4 at index 2"),
     ({"cu_q": torch.tensor([0, 10])}, r"cu_seqlens_q has dtype torch.int64; expected int32. Remedy: cu_seqlens_q.to\(torch.int32\)"),
     ({"k": (7, 2, 32)}, "q has 10 tokens but k has 7; give cu_seqlens_k"),

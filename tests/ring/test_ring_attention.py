@@ -98,19 +98,26 @@ def test_the_binding_refuses_other_results():
 
 
 @pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (20, 6)])
-def test_torch_shares_are_those_of_the_kernel(window):
-    """The fallback differentiates with the lse of all keys, like the kernel, not with its own."""
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_torch_shares_are_those_of_the_kernel(backend, window):
+    """The fallback differentiates with the lse of all keys, like the kernel, not with its own, and adds to what is there."""
     q, k, v, g, g_lse = tensors(90, (4, 2), 32)
     cu_q, cu_k = (torch.tensor(x, dtype=torch.int32).numpy() for x in ([0, 40, 40, 90], [0, 30, 35, 90]))
-    call = Call([(0, 90)], [(0, 90)], cu_q, cu_k, *window, 0)
+    call = Call([(0, 90)], [(10, 50), (60, 110)], cu_q, cu_k, *window, 0)
     out, lse, rest = partial.forward(q, k, v, call, 0.2, torch.float32)
     lse, rest = lse + 0.7, rest * 0  # as if there were more keys
-    arguments = (g, g_lse, q, k, v, out, lse, rest, call, 0.2, [True] * 3)
-    kernel = partial.backward(*arguments)
-    with backends.use("reference"):
-        torchs = partial.backward(*arguments)
+
+    def gradients():
+        totals = torch.ones(90, 4, 32), torch.ones(120, 2, 32), None
+        partial.backward(g, g_lse, q, k, v, out, lse, rest, call, 0.2, *totals)
+        return totals[:2]
+
+    kernel = gradients()
+    with backends.use(backend):
+        torchs = gradients()
     for a, b in zip(torchs, kernel, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+    assert (kernel[1][50:60] == 1).all() and not (kernel[1][:120] == 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

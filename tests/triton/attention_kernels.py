@@ -11,6 +11,8 @@ import torch
 from longvita_kernels import append_kv, backends, decode_attention, merge_attention, testing, varlen_attention
 from longvita_kernels.ops import _cache
 from longvita_kernels.ops.varlen_attention import SPEC
+from longvita_kernels.ring import partial
+from longvita_kernels.ring.programs import Call
 from longvita_kernels.spec import SampleInput, all_specs
 from longvita_kernels.triton import _launch
 from longvita_kernels.triton import varlen_attention as kernels
@@ -119,11 +121,11 @@ def test_wide_partial_results_and_gradients_on_top_of_given_ones():
     q, k, v = _qkv(40, 60, dtype=torch.float16)
     documents, scale = _offsets(40), 0.2
     parts = [(slice(0, 20), _offsets(20), -1), (slice(20, 60), _offsets(40), 0)]  # the later part is on the diagonal
-    partial = [
+    parts_found = [
         kernels.forward(q, k[at], v[at], documents, cu_k, scale, -1, right, 0.0, out=torch.empty(q.shape)) for at, cu_k, right in parts
     ]
-    assert partial[0][0].dtype == torch.float32
-    out, lse = merge_attention(*partial[0][:2], *partial[1][:2])
+    assert parts_found[0][0].dtype == torch.float32
+    out, lse = merge_attention(*parts_found[0][:2], *parts_found[1][:2])
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     expected = SPEC.reference(*leaves, documents, _offsets(60), softmax_scale=scale)
     torch.testing.assert_close(out.double(), expected.detach(), rtol=1e-3, atol=1e-4)
@@ -186,6 +188,26 @@ def _with_gradients(x, offsets):
     grads = [torch.empty(y.shape, dtype=y.dtype) for y in (q, k, k)]
     kernels.backward(torch.ones_like(out), None, q, k, k, out, lse, rest, *arguments, *grads)
     return out, lse, *grads
+
+
+@pytest.mark.parametrize("ranges", [[(10, 60)], [(10, 40), (45, 65)]], ids=["one stretch", "two stretches"])
+def test_a_step_of_the_ring_adds_to_what_is_there(ranges):
+    """In float32, on top of views of the sums, with the lse of more keys than the step has."""
+    q, k, v = _qkv(40, 50, dtype=torch.float16)
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32).numpy() for x in ([0, 15, 40], [0, 20, 50]))
+    call = Call([(0, 40)], ranges, cu_q, cu_k, -1, 0, 0)
+    grad, results = torch.randn(q.shape).half(), []
+    for backend in ("triton", "reference"):
+        with backends.use(backend):
+            out, lse, rest = partial.forward(q, k, v, call, 0.2, torch.float32)
+            sums = torch.ones(40, 2, 32), torch.ones(70, 2, 1, 32)
+            grads = sums[0], sums[1][:, 0], sums[1][:, 1]
+            partial.backward(grad, None, q, k, v, out, lse + 0.7, rest, call, 0.2, *grads)
+            results.append((out, lse, *grads))
+    assert results[0][0].dtype == torch.float32
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+    assert (results[0][3][:10] == 1).all() and not (results[0][3][10:] == 1).all()
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- cache

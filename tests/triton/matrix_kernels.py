@@ -9,7 +9,7 @@ import torch
 
 from longvita_kernels import backends, linear_cross_entropy, masked_lm_head, pixel_shuffle_projection, testing
 from longvita_kernels.spec import SampleInput, all_specs
-from longvita_kernels.triton import _launch
+from longvita_kernels.triton import _launch, _matmul
 from longvita_kernels.triton import linear_cross_entropy as cross_entropy_kernels
 from longvita_kernels.triton import masked_lm_head as head_kernels
 
@@ -72,6 +72,40 @@ def test_rows_out_of_range_are_clamped():
     assert not head_kernels.backward(grad, none, weight, wild, [True, True])[1].any()
 
 
+# ---------------------------------------------------------------------------------------------------------------------- the matrix product
+
+
+@pytest.mark.parametrize("a_dense", ["k", "m"])
+@pytest.mark.parametrize("b_dense", ["k", "n"])
+def test_whole_blocks_and_pointers_give_the_same_bits(a_dense, b_dense, monkeypatch):
+    """Operands as tensor descriptors, of themselves or of their transposes; no size is a multiple of a block."""
+    M, N, K = 72, 88, 104
+    a = torch.randn(M, K).half() if a_dense == "k" else torch.randn(K, M).half().T
+    b = torch.randn(K, N).half() if b_dense == "n" else torch.randn(N, K).half().T
+    tile, found = _matmul.tile_for(torch.float16, 0), []
+    for tma in (True, False):
+        monkeypatch.setitem(_matmul._TILES["wide", 16], 0, tile._replace(tma=tma))
+        out = torch.empty(M, N)
+        _matmul.matmul(a, b, out)
+        found.append(out)
+    testing.assert_bit_equal(*found)
+    torch.testing.assert_close(found[0], a.float() @ b.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_which_operands_come_as_whole_blocks():
+    tile, a = _matmul.tile_for(torch.float16, 0), torch.randn(40, 48).half()
+    *_, described = _matmul.operands(a, a[:, :24], tile)
+    assert described == {"TMA_A": "k", "TMA_B": "k"}  # a width of 24 of rows 48 apart
+    *_, described = _matmul.operands(a.T, a, tile)
+    assert described == {"TMA_A": "r", "TMA_B": "k"}
+    rows_off, base_off, thin = torch.randn(40, 44).half()[:, :24], a[:, 3:27], a[:, ::2]
+    for wrong in (rows_off, base_off, thin, a[:0]):
+        left, right, described = _matmul.operands(a, wrong, tile)
+        assert left is a and right is wrong and described == {"TMA_A": "", "TMA_B": ""}
+    assert not _matmul.tile_for(torch.float16, 80).tma and not _matmul.tile_for(torch.float16, 120).tma
+    assert all(_matmul.tile_for(torch.bfloat16, capability).tma for capability in (90, 100, 103))
+
+
 # ------------------------------------------------------------------------------------------------------------------- linear_cross_entropy
 
 
@@ -103,6 +137,19 @@ def test_chunks_change_nothing_but_roundings(reduction, monkeypatch):
     assert cross_entropy_kernels._chunk_rows(600, 300, 4) == 128
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_zeros_behind_the_rows_of_a_chunk_suffice(monkeypatch):
+    """A product over a number of rows that only the device knows takes whole steps: none may be deeper than the 64 rows that hold zeros."""
+    tiles = {kind: table for kind, table in _matmul._TILES.items() if kind[0] != "thin"}
+    assert all(64 % tile.k == 0 for table in tiles.values() for tile in table.values())
+    monkeypatch.setitem(_matmul._TILES["thin", 32], 0, _matmul.Tile(64, 16, 128, 4, 1))  # as deep as on an H100
+    hidden, weight, labels = _loss_inputs(tokens=70, width=16)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    for options in ({}, {"low_memory": True}):
+        with testing.poisoned_empty():
+            linear_cross_entropy(hidden, weight, labels, **options).backward()
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
 def test_ignored_rows_are_never_read():

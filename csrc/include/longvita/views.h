@@ -6,6 +6,12 @@
 #include "longvita/dtype.h"
 #include "longvita/errors.h"
 
+#ifdef __CUDACC__
+#define LV_BOTH __host__ __device__      // for GPU kernels as well
+#else
+#define LV_BOTH
+#endif
+
 namespace longvita {
 
 // An address that came from Tensor.data_ptr(). It may be null only when there is nothing behind it.
