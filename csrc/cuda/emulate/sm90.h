@@ -115,7 +115,7 @@ inline void async_fence() {
   f.unfenced.clear();
 }
 
-// Counts what all threads may have in the end; the first change is against the 65,536 registers that a block starts within.
+// Every thread that multiplies or loads changes its number once: what all of them ask for must be there.
 template <int N> void registers_change() {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256, "setmaxnreg: a multiple of 8 from 24 to 256");
   emulate::Block& b = emulate::block();
