@@ -29,7 +29,7 @@ def _choices():
 
 
 def _ours():
-    """(spec, backend): Triton for every op, and CUDA C++ for the ops that it has, where it was built (its attention: test_cuda.py)."""
+    """(spec, backend): Triton for every op, and CUDA C++ for the ops that it has, where it was built (its attention: test_cuda_cpp.py)."""
     yield from ((spec, "triton") for spec in SPECS)
     if native_cuda.load() is not None:
         yield from ((spec, "cuda") for spec in SPECS if spec.name in backends.CUDA_OPS - {"varlen_attention"})
