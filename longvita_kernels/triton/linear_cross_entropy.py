@@ -166,8 +166,13 @@ def _partial(hidden, vocab, rows):
     return hidden.new_empty(3, triton.cdiv(vocab, _tile(hidden).n // 2), rows, dtype=torch.float32)
 
 
-def _tile(tensor):
-    return _matmul.tile_for(tensor.dtype, _launch.capability(tensor.device))
+def _tile(tensor, gradient=False):
+    return _matmul.tile_for(tensor.dtype, _launch.capability(tensor.device), _kind(gradient))
+
+
+def _kind(gradient):
+    """What follows the product of logits that become their gradient at once needs registers that a wide tile has not left."""
+    return "narrow" if gradient else "wide"
 
 
 def _compact(labels, ignore_index):
@@ -187,7 +192,7 @@ def _gather(hidden, rows, kept, count, first, x):
 
 
 def _logits(x, weight, logits, partial, kept, labels, count, first, softcap, vocab_start, statistics, coefficients=None):
-    tile, (V, H), chunk = _tile(x), weight.shape, x.shape[0]
+    tile, (V, H), chunk = _tile(x, coefficients is not None), weight.shape, x.shape[0]
     grid = _launch.programs(x.device, triton.cdiv(chunk, tile.m) * triton.cdiv(V, tile.n), tile.per_sm)
     a, b, described = _matmul.operands(x, weight, tile)
     logits_kernel[(grid,)](
@@ -258,6 +263,7 @@ def _product_specs(capability, dtype):
     if tile.tma:
         variants.append(("logits by pointers", False, False, False))
     for name, cap, gradient, tma in variants:
+        tile = _matmul.tile_for(dtype, capability, _kind(gradient))
         x_type, w_type, described = _matmul.operand_types(kind, tile, "k", "k", tma)
         types = {x_type: "x", "*i32": "kept count", "*i64": "labels", "fp32": "softcap"}
         types["i32"] = "first vocab_start chunk V H n stride_w stride_l partial_rows"
