@@ -169,9 +169,9 @@ void backward_panel(const BackwardScratch<Op>& s, const Panel& panel, int64_t in
     const int64_t lane = index * kLanes + v * W;
     const vf lse = load(s.lse + lane), rest = load(s.lse_rest + lane), delta = load(s.delta + lane);
     const vi low = load_i(s.low + lane), high = load_i(s.high + lane);
-    if (scaling.capped && span.masked) differentiate<Op, true, true>(s, v, span, key0, scaling, lse, rest, delta, low, high);
+    if (scaling.capped && span.masked()) differentiate<Op, true, true>(s, v, span, key0, scaling, lse, rest, delta, low, high);
     else if (scaling.capped) differentiate<Op, true, false>(s, v, span, key0, scaling, lse, rest, delta, low, high);
-    else if (span.masked) differentiate<Op, false, true>(s, v, span, key0, scaling, lse, rest, delta, low, high);
+    else if (span.masked()) differentiate<Op, false, true>(s, v, span, key0, scaling, lse, rest, delta, low, high);
     else differentiate<Op, false, false>(s, v, span, key0, scaling, lse, rest, delta, low, high);
   }
   if (want.q) {

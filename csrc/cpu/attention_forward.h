@@ -39,7 +39,7 @@ inline Scaling scaling_of(const AttentionProblem& p) {
   return {p.softcap > 0, p.softcap > 0 ? float(p.scale / p.softcap) : 1.0f, float(factor), float(factor - float(factor))};
 }
 
-// Softcap and mask over rows [begin, end) of scores, key0 being the key of row 0.
+// Softcap and mask over the rows of scores in a span, key0 being the key of row 0.
 inline void cap_and_mask(const Panel& panel, const Span& span, int64_t key0, const Scaling& s, const int32_t* low, const int32_t* high,
                          float* scores) {
   if (s.capped) {
@@ -50,15 +50,16 @@ inline void cap_and_mask(const Panel& panel, const Span& span, int64_t key0, con
       }
     }
   }
-  if (span.masked) {
-    for (int v = 0; v < panel.vectors; ++v) {
+  const auto mask = [&](int64_t begin, int64_t end) {
+    for (int v = 0; v < panel.vectors && begin < end; ++v) {
       const vi lo = load_i(low + v * W), hi = load_i(high + v * W);
-      for (int64_t n = span.begin; n < span.end; ++n) {
+      for (int64_t n = begin; n < end; ++n) {
         float* x = scores + n * kLanes + v * W;
         store(x, select(visible(int32_t(key0 + n), lo, hi), load(x), splat(-kInf)));
       }
     }
-  }
+  };
+  mask(span.begin, span.clear_begin), mask(span.clear_end, span.end);
 }
 
 // Scores of one vector of rows become probabilities (in units, for the product with V). Returns the sum of this span.

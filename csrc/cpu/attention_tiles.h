@@ -167,17 +167,21 @@ inline Panel make_panel(const AttentionProblem& p, const Unit& u, int64_t row0, 
   return out;
 }
 
-// The part of key block [key0, key0 + keys) that a panel touches, in whole register tiles; masked where some row does not see all of it.
+// The part of key block [key0, key0 + keys) that a panel touches, in whole register tiles, and the keys in it that every row sees: only
+// those before and behind them need a mask (few, beside a diagonal). All relative to key0.
 struct Span {
-  int64_t begin = 0, end = 0;      // relative to key0
-  bool masked = false;
+  int64_t begin = 0, end = 0;
+  int64_t clear_begin = 0, clear_end = 0;
   bool empty() const { return end <= begin; }
+  bool masked() const { return clear_begin > begin || clear_end < end; }
 };
 inline Span span_of(const Panel& panel, int64_t key0, int64_t keys) {
   Span s;
   s.begin = std::max<int64_t>(panel.min_low - key0, 0) / kBroadcast * kBroadcast;
   s.end = round_up(std::min<int64_t>(panel.max_high - key0, keys), kBroadcast);
-  s.masked = key0 + s.begin < panel.max_low || key0 + s.end > panel.min_high;
+  if (s.empty()) return s;
+  s.clear_begin = std::clamp<int64_t>(panel.max_low - key0, s.begin, s.end);
+  s.clear_end = std::clamp<int64_t>(panel.min_high - key0, s.clear_begin, s.end);
   return s;
 }
 
