@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bench import machine, report, ring
-from bench.harness import Case, Result, measure
+from bench.harness import Case, Result, measure, weigh
 from longvita_kernels import backends, native
 
 MODULES = ("varlen_attention", "linear_cross_entropy", "masked_lm_head", "pixel_shuffle_projection", "decode_attention", "dispatch")
@@ -54,6 +54,8 @@ def select(arguments: argparse.Namespace) -> list[Case]:
     found = [case for case in found if all(text in case.name for text in arguments.case)]
     if arguments.dtype:
         found = [case for case in found if case.dtype == getattr(torch, arguments.dtype)]
+    if not arguments.peers:
+        found = [_without_peers(case) for case in found]
     if not found:
         raise ValueError("no case fits; see python -m bench --list (and --heavy for the largest ones)")
     return found
@@ -64,19 +66,15 @@ def _cases(name, device):
     module = importlib.import_module(f"bench.{name}")
     if device == "cpu":
         return list(module.cases())
-    return [replace(case, goal=None, limit=None) for case in getattr(module, "cuda_cases", module.cases)()]
+    return [replace(case, goals=()) for case in getattr(module, "cuda_cases", module.cases)()]
 
 
 def run(case: Case, ceilings: dict, arguments: argparse.Namespace) -> Result:
     """The case, `runs` times over; the result whose share (or time) is the median, with medians of all times."""
-    if not arguments.peers:
-        build = case.build
-        case = replace(case, build=lambda: _without_peers(build()))
     ceiling = ceilings[case.dtype if case.ceiling == "mm" else case.ceiling] if case.ceiling else None
     results = []
-    for number in range(arguments.runs):
-        results.append(measure(case, ceiling, arguments.seconds, memory=arguments.memory and number == arguments.runs - 1,
-                               device=arguments.device))  # fmt: skip
+    for _ in range(arguments.runs):
+        results.append(measure(case, ceiling, arguments.seconds, device=arguments.device))
         if results[-1].problems:
             return results[-1]
     seconds = {name: statistics.median(r.seconds[name] for r in results) for name in results[0].seconds}
@@ -86,8 +84,12 @@ def run(case: Case, ceilings: dict, arguments: argparse.Namespace) -> Result:
     return replace(joined, ceiling_rate=joined.ceiling_rate * joined.share / share) if share else joined
 
 
-def _without_peers(setup):
-    return replace(setup, calls={name: call for name, call in setup.calls.items() if name.startswith("longvita")})
+def _without_peers(case):
+    def build():
+        setup = case.build()
+        return replace(setup, calls={name: call for name, call in setup.calls.items() if name.startswith("longvita")})
+
+    return replace(case, build=build)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,6 +132,9 @@ def _report(chosen: list[Case], arguments: argparse.Namespace) -> int:
     for case in chosen:
         results.append(run(case, ceilings, arguments))
         print(*report.lines(results[-1]), sep="\n", flush=True)
+    if arguments.memory:
+        results = [result if result.problems else replace(result, peak_bytes=weigh(result.case, device)) for result in results]
+        print("Peak memory of a call, its results included:", *map(report.memory_line, results), sep="\n", flush=True)
     out = {"machine": about, "runs": arguments.runs, "results": [report.as_dict(result) for result in results]}
     if arguments.json:
         report.write_json(arguments.json, out)

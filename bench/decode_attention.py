@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from bench.harness import OURS, Case, Setup, generator
+from bench.harness import OURS, Case, Setup, best_peer, generator, share, times_as_long
 from longvita_kernels import decode_attention, memory, testing
 from longvita_kernels.ops.decode_attention import SPEC
 from longvita_kernels.spec import SampleInput
@@ -51,20 +51,21 @@ def _build(cached, heads, dim, dtype, sequences=1):
     return Setup(calls=calls, check=check)
 
 
-def _case(cached, heads, dtype, goal=None, sequences=1):
+def _case(cached, heads, dtype, goals=(), sequences=1):
     tokens = sequences * cached
     who = "1 query" if sequences == 1 else f"{sequences} sequences of 1 query"
     return Case(
         op="decode_attention", label=f"{who}, {cached:,} cached tokens, {heads[0]}/{heads[1]} × 128", dtype=dtype,
         direction="forward", flops=4 * tokens * heads[0] * 128, bytes=torch.finfo(dtype).bits // 8 * 2 * tokens * heads[1] * 128,
-        ceiling="read", goal=goal, build=functools.partial(_build, cached, heads, 128, dtype, sequences),
+        ceiling="read", goals=(*goals, best_peer()), build=functools.partial(_build, cached, heads, 128, dtype, sequences),
     )  # fmt: skip
 
 
 def cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
-        for cached, heads, goal in ((131072, (40, 8), 0.85), (8192, (40, 8), None), (8192, (8, 8), None)):
-            yield _case(cached, heads, dtype, goal)
+        goals = (share(0.85), times_as_long(f"{OURS}, int8 cache", most=1 / 1.7)) if dtype == torch.bfloat16 else ()
+        for cached, heads in ((131072, (40, 8)), (8192, (40, 8)), (8192, (8, 8))):
+            yield _case(cached, heads, dtype, goals if cached == 131072 else ())
 
 
 def cuda_cases() -> Iterator[Case]:

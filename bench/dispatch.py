@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
-from bench.harness import OURS, Case, Setup
+from bench.harness import OURS, Case, Setup, seconds
 from longvita_kernels import (
     append_kv,
+    backends,
     decode_attention,
     linear_cross_entropy,
     masked_lm_head,
@@ -43,7 +45,7 @@ def _decode():
 
 def _append():
     k, v, (k_cache, v_cache, cu, lengths) = torch.randn(1, 1, 32), torch.randn(1, 1, 32), _cache()
-    return {OURS: lambda: append_kv(k, v, k_cache, v_cache, cu, lengths)}
+    return {OURS: lambda: (append_kv(k, v, k_cache, v_cache, cu, lengths), k_cache, v_cache)[1:]}
 
 
 def _merge():
@@ -69,12 +71,29 @@ def _projector():
     return {OURS: lambda: pixel_shuffle_projection(x, ones, ones, w1, w2, grid=(4, 4))}
 
 
+def _setup(make):
+    calls = make()
+
+    def check():
+        got = _copied(calls[OURS]())
+        with backends.use("reference"):
+            ref = _copied(calls[OURS]())
+        close = [torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, ref, strict=True)]
+        return [] if all(close) else ["it differs from the reference"]
+
+    return Setup(calls=calls, check=check)
+
+
+def _copied(outputs):
+    return [x.clone() for x in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+
 def cases() -> Iterator[Case]:
     for op, calls in (
         ("varlen_attention", _attention), ("decode_attention", _decode), ("append_kv", _append), ("merge_attention", _merge),
         ("masked_lm_head", _head), ("linear_cross_entropy", _loss), ("pixel_shuffle_projection", _projector),
     ):  # fmt: skip
         yield Case(
-            op=op, label="tiny call", dtype=torch.float32, direction="forward", flops=0, bytes=0, ceiling=None, limit=LIMIT,
-            build=lambda calls=calls: Setup(calls=calls(), check=list),
+            op=op, label="tiny call", dtype=torch.float32, direction="forward", flops=0, bytes=0, ceiling=None, goals=(seconds(LIMIT),),
+            build=functools.partial(_setup, calls),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A case, and how it is measured: correctness first, then everything interleaved, then peak memory.
+"""A case, and how it is measured: correctness first, then everything interleaved; peak memory apart, when no more times are taken.
 
 Shared machines change speed from second to second. So every call that is compared stands in the same rounds, one after the other; a figure
 is the median over the rounds, a ratio is taken within one case, and the ceiling is measured in the very same rounds.
@@ -33,14 +33,53 @@ class Setup:
     check: Callable[[], list[str]]
 
 
+@dataclass(frozen=True)
+class Goal:
+    """A figure of a result, None where what it needs was not measured, and the least or the most that it is meant to be."""
+
+    what: str
+    figure: Callable[[Result], float | None]
+    least: float = -math.inf
+    most: float = math.inf
+
+    def met(self, result: Result) -> bool | None:
+        figure = self.figure(result)
+        return None if figure is None else self.least <= figure <= self.most
+
+
+def share(least: float, name: str = OURS, work: float = 1.0) -> Goal:
+    """Share of the ceiling, `work`: the FLOPs or bytes of this call over the case's."""
+    text = "share of the ceiling" if name == OURS else f"{name}: share of the ceiling, work counted {work:.2f} times"
+    return Goal(text, lambda r: work * r.share * r.seconds[OURS] / r.seconds[name] if name in r.seconds else None, least=least)
+
+
+def times_as_long(name: str, least: float = -math.inf, most: float = math.inf) -> Goal:
+    """Time of another call over the op's."""
+    figure = lambda r: r.seconds[name] / r.seconds[OURS] if name in r.seconds else None  # noqa: E731
+    return Goal(f"{name} ÷ {OURS}", figure, least, most)
+
+
+def best_peer(least: float = 1.0, besides: tuple[str, ...] = ()) -> Goal:
+    """Time of the fastest peer over the op's; `besides`: calls that are no peers."""
+    return Goal("best peer ÷ longvita", lambda r: min((x for name, x in r.peers.items() if name not in besides), default=None), least)
+
+
+def seconds(most: float) -> Goal:
+    return Goal("seconds", lambda r: r.seconds[OURS], most=most)
+
+
+def peak(most: int, name: str = OURS) -> Goal:
+    """Peak memory of a call in bytes, its results included."""
+    return Goal(f"{name}: peak bytes", lambda r: r.peak_bytes.get(name), most=most)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One op on one shape.
 
     flops, bytes  useful work of one call: what the definition needs, masked pairs and recomputation not counted
     ceiling       "mm" (torch.mm of the same dtype) or "read" (reading memory): what the share is a share of; None: nothing of the kind
-    goal          share of the ceiling that the op is meant to reach, or None
-    limit         seconds that a call may take, or None
+    goals         what the op is meant to reach on a CPU
     heavy         left out unless asked for: minutes on a small machine
     """
 
@@ -52,8 +91,7 @@ class Case:
     bytes: int
     ceiling: str | None
     build: Callable[[], Setup]
-    goal: float | None = None
-    limit: float | None = None
+    goals: tuple[Goal, ...] = ()
     heavy: bool = False
 
     def __post_init__(self):
@@ -83,13 +121,6 @@ class Result:
             return None
         work = self.case.flops if self.case.ceiling == "mm" else self.case.bytes
         return work / self.seconds[OURS] / self.ceiling_rate
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the goal or limit was reached; None if there is none."""
-        if self.case.goal is not None:
-            return self.share >= self.case.goal
-        return None if self.case.limit is None else self.seconds[OURS] <= self.case.limit
 
     @property
     def peers(self) -> dict[str, float]:
@@ -181,10 +212,8 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
-def measure(
-    case: Case, ceiling: tuple[Callable[[], object], int] | None, seconds: float, memory: bool = True, device: str = "cpu"
-) -> Result:
-    """Check, time and weigh one case. `ceiling`: a call, and the FLOPs or bytes that it does. An op that is wrong gets no times."""
+def measure(case: Case, ceiling: tuple[Callable[[], object], int] | None, seconds: float, device: str = "cpu") -> Result:
+    """Check and time one case. `ceiling`: a call, and the FLOPs or bytes that it does. An op that is wrong gets no times."""
     with torch.device(device):
         setup = case.build()
         problems = setup.check()
@@ -192,9 +221,14 @@ def measure(
         return Result(case=case, problems=problems)
     times, rounds = interleave(setup.calls if ceiling is None else {**setup.calls, "ceiling": ceiling[0]}, seconds, device)
     rate = 0.0 if ceiling is None else ceiling[1] / times.pop("ceiling")
-    weigh = cuda_peak_bytes if device == "cuda" else peak_bytes
-    peaks = {name: weigh(call) for name, call in setup.calls.items()} if memory else {}
-    return Result(case=case, problems=[], seconds=times, rounds=rounds, peak_bytes=peaks, ceiling_rate=rate)
+    return Result(case=case, problems=[], seconds=times, rounds=rounds, ceiling_rate=rate)
+
+
+def weigh(case: Case, device: str = "cpu") -> dict[str, int]:
+    """Peak memory of every call of a case. What it takes for that (see peak_bytes) stays for the process: no times after it."""
+    with torch.device(device):
+        setup = case.build()
+    return {name: (cuda_peak_bytes if device == "cuda" else peak_bytes)(call) for name, call in setup.calls.items()}
 
 
 def gradients(function: Callable[..., torch.Tensor], inputs: tuple, grad: torch.Tensor) -> Callable[[], object]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.harness import OURS, Case, Setup, generator, gradients
+from bench.harness import OURS, Case, Setup, best_peer, generator, gradients, peak, times_as_long
 from longvita_kernels import pixel_shuffle_projection, testing
 from longvita_kernels.ops.pixel_shuffle_projection import SPEC
 from longvita_kernels.spec import SampleInput
@@ -61,9 +61,13 @@ def cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         size = torch.finfo(dtype).bits // 8
         moved = size * (tiles * 1025 * CHANNELS + HIDDEN * (4 * CHANNELS + OUT) + tokens * OUT)
-        for direction, factor in (("forward", 1), ("forward + backward", 3)):
+        for direction, factor, count, most in (("forward", 1, "two", 1.00), ("forward + backward", 3, "six", 1.03)):
+            bare = f"bare {count} torch.mm"
+            goals = (times_as_long(bare, least=1 / most), best_peer(besides=(bare,)))
+            if factor == 1:  # no permuted copy of the patches: room for the result and the activation alone
+                goals += (peak(size * tokens * (OUT + HIDDEN) + (4 << 20)),)
             yield Case(
                 op="pixel_shuffle_projection", label=f"{tiles} tiles, {4 * CHANNELS:,} → {HIDDEN:,} → {OUT:,}", dtype=dtype,
                 direction=direction, flops=factor * forward, bytes=moved * (1 if factor == 1 else 3), ceiling="mm",
-                build=functools.partial(_build, tiles, dtype, direction != "forward"),
+                goals=goals if dtype == torch.bfloat16 else (), build=functools.partial(_build, tiles, dtype, direction != "forward"),
             )  # fmt: skip

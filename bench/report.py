@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from bench.harness import OURS, Result
@@ -34,15 +35,28 @@ def lines(result: Result) -> list[str]:
     if case.ceiling is not None:
         unit = "GFLOP/s" if case.ceiling == "mm" else "GB/s"
         facts.insert(0, f"{result.share:.2f} × {case.ceiling} ({result.ceiling_rate / 1e9:.1f} {unit})")
-    if result.met is not None:
-        goal = f"goal {case.goal:.2f}" if case.goal is not None else f"limit {_duration(case.limit)}"
-        facts.insert(-1, f"{goal} {'met' if result.met else 'NOT MET'}")
-    out = [f"{case.op}: {case.name}", f"    {', '.join(facts)}"]
+    out = [f"{case.op}: {case.name}", f"    {', '.join(facts)}", *(f"    {line}" for line in goal_lines(result))]
     for name, seconds in result.seconds.items():
         ratio = "" if name == OURS else f"{seconds / result.seconds[OURS]:6.2f} ×"
-        memory = _size(result.peak_bytes[name]) if name in result.peak_bytes else ""
-        out.append(f"    {name:34s} {_duration(seconds):>10s} {rate(result, name):>16s} {ratio:>9s} {memory:>10s}")
+        out.append(f"    {name:34s} {_duration(seconds):>10s} {rate(result, name):>16s} {ratio:>9s}".rstrip())
     return out
+
+
+def goal_lines(result: Result) -> list[str]:
+    """A line for each goal whose figure was measured."""
+    found = []
+    for goal in result.case.goals:
+        figure = goal.figure(result)
+        if figure is not None:
+            wanted = f"at least {goal.least:.4g}" if goal.least > -math.inf else f"at most {goal.most:.4g}"
+            found.append(f"{goal.what}: {figure:.4g}, goal {wanted}: {'met' if goal.met(result) else 'NOT MET'}")
+    return found
+
+
+def memory_line(result: Result) -> str:
+    """Peak memory of the calls of one case."""
+    facts = ", ".join(f"{name} {_size(size)}" for name, size in result.peak_bytes.items())
+    return f"    {result.case.op}: {result.case.name}: {facts}"
 
 
 def as_dict(result: Result) -> dict:
@@ -50,12 +64,11 @@ def as_dict(result: Result) -> dict:
     case = result.case
     out = {
         "op": case.op, "case": case.label, "direction": case.direction, "dtype": str(case.dtype).removeprefix("torch."),
-        "flops": case.flops, "bytes": case.bytes, "ceiling": case.ceiling, "goal": case.goal, "limit": case.limit,
-        "problems": result.problems,
+        "flops": case.flops, "bytes": case.bytes, "ceiling": case.ceiling, "problems": result.problems,
     }  # fmt: skip
     if not result.problems:
         out |= {
-            "ceiling_rate": result.ceiling_rate, "share": result.share and round(result.share, 4), "met": result.met,
+            "ceiling_rate": result.ceiling_rate, "share": result.share and round(result.share, 4), "goals": goal_lines(result),
             "rounds": result.rounds, "seconds": {name: float(f"{s:.4g}") for name, s in result.seconds.items()},
             "peak_bytes": result.peak_bytes,
         }  # fmt: skip
@@ -93,8 +106,8 @@ def plot(path: Path, results: list[Result]) -> None:
             axes.text(share, at, f" {share:.2f}", va="center", fontsize=7)
             seen.add(name)
             at += 1
-        if r.case.goal is not None:
-            axes.plot([r.case.goal] * 2, [start - 0.5, at - 0.5], color="black", linewidth=1)
+        for goal in (goal for goal in r.case.goals if goal.what == "share of the ceiling"):
+            axes.plot([goal.least] * 2, [start - 0.5, at - 0.5], color="black", linewidth=1)
         ticks.append((start + at - 1) / 2)
         labels.append(f"{r.case.label}\n{r.case.direction}, {str(r.case.dtype).removeprefix('torch.')}")
         at += 1

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bench.harness import OURS, Case, Setup, generator, gradients
+from bench.harness import OURS, Case, Setup, best_peer, generator, gradients, share
 from longvita_kernels import testing, varlen_attention
 
 DENSE_LIMIT = 4096  # tokens: above, a T × T mask only wastes everybody's time
@@ -203,32 +203,35 @@ def _build(lengths, heads, dim, causal, dtype, backward, pairs):
     return Setup(calls=calls, check=lambda: problems(q, k, v, cu_seqlens, grad, causal, pairs))
 
 
-def _cases_of(label, lengths, heads, dim, dtype, goals, *, causal=True, heavy=False):
+def _cases_of(label, lengths, heads, dim, dtype, shares, *, causal=True, heavy=False, peers=(1.0, 1.0)):
+    """Forward, forward + backward; shares, peers: least share of the ceiling (None: no goal) and least ratio to the best peer of each."""
     pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
     forward_flops = 4 * pairs * heads[0] * dim
     size = torch.finfo(dtype).bits // 8 * sum(lengths) * dim
-    for direction, factor, moved, goal in (
-        ("forward", 1.0, 2 * heads[0] + 2 * heads[1], goals[0]),
-        ("forward + backward", 3.5, 5 * heads[0] + 6 * heads[1], goals[1]),  # backward: 2.5 × forward, the five products that it needs
+    for direction, factor, moved, least, ratio in (
+        ("forward", 1.0, 2 * heads[0] + 2 * heads[1], shares[0], peers[0]),
+        # backward: 2.5 × forward, the five products that it needs
+        ("forward + backward", 3.5, 5 * heads[0] + 6 * heads[1], shares[1], peers[1]),
     ):
+        goals = (best_peer(ratio),) if least is None else (share(least), best_peer(ratio))
         build = functools.partial(_build, lengths, heads, dim, causal, dtype, direction != "forward", pairs)
         yield Case(
             op="varlen_attention", label=f"{label}, {heads[0]}/{heads[1]} × {dim}", dtype=dtype, direction=direction,
-            flops=int(forward_flops * factor), bytes=size * moved, ceiling="mm", build=build, goal=goal, heavy=heavy,
+            flops=int(forward_flops * factor), bytes=size * moved, ceiling="mm", build=build, goals=goals, heavy=heavy,
         )  # fmt: skip
 
 
 def cases() -> Iterator[Case]:
     bf16, f32 = torch.bfloat16, torch.float32
     for heads in ((10, 2), (8, 2), (40, 8)):
-        for length, goals in ((512, (0.82, 0.78)), (2048, (0.92, 0.88)), (8192, (0.95, 0.90))):
+        for length, shares in ((512, (0.82, 0.78)), (2048, (0.92, 0.88)), (8192, (0.95, 0.90))):
             heavy = heads == (40, 8) and length > 512
-            yield from _cases_of(f"one document of {length:,}", (length,), heads, 128, bf16, goals, heavy=heavy)
+            yield from _cases_of(f"one document of {length:,}", (length,), heads, 128, bf16, shares, heavy=heavy)
     yield from _cases_of("one document of 2,048", (2048,), (8, 8), 128, bf16, (0.85, 0.80))
     for length in (2048, 8192):
         yield from _cases_of(f"one document of {length:,}", (length,), (10, 2), 128, f32, (1.0, 0.9))
     mixed = (700, 300, 1500, 96, 1500)
-    yield from _cases_of(f"packed {mixed}", mixed, (8, 2), 128, bf16, (0.80, 0.75))
+    yield from _cases_of(f"packed {mixed}", mixed, (8, 2), 128, bf16, (0.80, 0.75), peers=(3.0, 1.0))
     yield from _cases_of(f"packed {mixed}", mixed, (8, 2), 128, f32, (None, None))
     yield from _cases_of("32 documents of 64", (64,) * 32, (8, 2), 128, bf16, (0.35, None))
     yield from _cases_of("16 documents of 128", (128,) * 16, (8, 2), 128, bf16, (0.50, None))

@@ -12,7 +12,7 @@ from longvita_kernels.ops import _common
 
 def cannot(q, k, v, softcap):
     """Why the kernels do not take tensors like these, or None; all that is not of values."""
-    entries = torch.zeros(1, dtype=torch.int32)  # its address alone matters: there are no documents
+    entries = torch.zeros(1, dtype=torch.int32, device="cpu")  # its address alone matters: there are no documents
     problem = _problem(q, k, v, entries, entries, 1.0, -1, -1, softcap, q.dtype)
     with native_cuda.current(q.device):
         return native_cuda.load().varlen_attention_cannot(problem) or None

@@ -4,6 +4,7 @@ A flat op is defined once with `define_op`. Its implementation is called by torc
 autograd and autocast; `register_autograd` connects it to a backward that is a flat op of its own.
 """
 
+import functools
 import math
 import os
 
@@ -13,6 +14,20 @@ from torch.autograd import forward_ad
 from longvita_kernels.spec import FLOAT_DTYPES
 
 LIBRARY = torch.library.Library("longvita", "DEF")
+
+
+def on_device(function):
+    """`function` with the GPU of its first tensor as the current device: Triton launches on the current one, whatever its arguments are."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        if device.type != "cuda":
+            return function(*args, **kwargs)
+        with torch.cuda.device(device):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def define_op(name, schema, implementation, fake, *, backward=None, setup_context=None, cuda=None, no_gradient_message=None):
@@ -26,7 +41,7 @@ def define_op(name, schema, implementation, fake, *, backward=None, setup_contex
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CPU")
-    LIBRARY.impl(name, cuda or implementation, "CUDA")
+    LIBRARY.impl(name, on_device(cuda or implementation), "CUDA")
     qualified = f"longvita::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     message = no_gradient_message or (

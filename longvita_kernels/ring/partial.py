@@ -17,6 +17,7 @@ def dtype_of(tensor):
     return _common.compute_dtype(tensor)
 
 
+@_common.on_device
 def forward(q_THD, k_TJD, v_TJD, call, scale, result):
     """(out in `result`, lse, its rest) of a program's `Call`."""
     cu_q, cu_k, longest_q, longest_k = call.offsets(q_THD.device)
@@ -25,6 +26,7 @@ def forward(q_THD, k_TJD, v_TJD, call, scale, result):
     return varlen._forward_impl(q_THD, k_TJD, v_TJD, cu_q, cu_k, *settings, result=result)
 
 
+@_common.on_device
 def backward(grad_out, grad_lse, q, k, v, out, lse, lse_rest, call, scale, dq, dk, dv):
     """Adds the shares of the gradients to dq, dk and dv, float32, at the call's queries and keys; None: not needed.
 

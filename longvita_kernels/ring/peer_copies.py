@@ -99,8 +99,10 @@ class PeerCopies:
             self._kernels.event_record(self._made[number][0], stream)
         return number
 
+    # torch's default stream is number 0: the one of whichever device is current.
     def _wait_own(self, number, stream):
-        self._kernels.event_wait(self._made[number][0], stream)
+        with native_cuda.current(self._device):
+            self._kernels.event_wait(self._made[number][0], stream)
 
     def _reuse(self, *numbers):
         with self._lock:
@@ -113,7 +115,8 @@ class PeerCopies:
             return known[handle]
 
     def _wait_theirs(self, handle, stream):
-        self._kernels.event_wait(self._opened(self._events, handle, self._kernels.event_open), stream)
+        with native_cuda.current(self._device):
+            self._kernels.event_wait(self._opened(self._events, handle, self._kernels.event_open), stream)
 
     def _announce(self, peer, tensor, number):
         """The message that lets another process copy a tensor once the event of this number has come."""

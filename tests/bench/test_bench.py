@@ -53,11 +53,54 @@ def test_a_short_call_is_repeated(sleep):
 
 
 def test_share_and_ratios_come_from_one_run(sleep):
-    case = _case({"longvita": lambda: sleep(0.03), "peer": lambda: sleep(0.06)}, goal=0.5, flops=30)
-    result = harness.measure(case, (lambda: sleep(0.02), 40), seconds=0.5, memory=False)
+    case = _case({"longvita": lambda: sleep(0.03), "peer": lambda: sleep(0.06)}, flops=30)
+    result = harness.measure(case, (lambda: sleep(0.02), 40), seconds=0.5)
     assert result.share == pytest.approx(0.5)  # 30 in 30 ms against 40 in 20 ms
     assert result.peers["peer"] == pytest.approx(2.0)
-    assert result.met is (result.share >= 0.5)
+
+
+GOALS = {  # met, not met, of calls and figures that were not measured
+    True: (
+        harness.share(0.49), harness.share(0.3, "longvita, twice", work=2), harness.times_as_long("peer", least=2), harness.best_peer(2),
+        harness.best_peer(3, besides=("peer",)), harness.seconds(0.04), harness.peak(100),
+    ),
+    False: (
+        harness.share(0.51), harness.share(0.5, "longvita, twice", work=2), harness.times_as_long("peer", most=1.9),
+        harness.best_peer(2.5), harness.best_peer(5, besides=("peer",)), harness.seconds(0.02), harness.peak(99),
+    ),
+    None: (harness.share(0.1, "other"), harness.times_as_long("other", least=1), harness.peak(1, "peer")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("met", "goal"), [(met, goal) for met, goals in GOALS.items() for goal in goals])
+def test_goals(met, goal):
+    seconds = {"longvita": 0.03, "longvita, twice": 0.09, "peer": 0.06, "slow peer": 0.12}
+    result = harness.Result(
+        case=_case({}, flops=30, goals=(goal,)), problems=[], seconds=seconds, ceiling_rate=2000.0, peak_bytes={"longvita": 100}
+    )
+    assert goal.met(result) is met
+    words = {True: [": met"], False: [": NOT MET"], None: []}[met]
+    assert [line[-len(word) :] for line, word in zip(report.goal_lines(result), words, strict=True)] == words
+    assert report.as_dict(result)["goals"] == report.goal_lines(result)
+
+
+def test_memory_is_weighed_when_all_times_are_taken(monkeypatch, capsys):
+    events = []
+    monkeypatch.setattr(machine, "measure_ceilings", lambda seconds, device: {"mm float32": 1e9})
+
+    def measure(case, *args, **options):
+        events.append("time")
+        return harness.Result(case=case, problems=[], seconds={"longvita": 1.0})
+
+    def weigh(case, device):
+        events.append("weigh")
+        return {"longvita": 1 << 20}
+
+    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(command, "weigh", weigh)
+    assert command.main(["dispatch"]) == 0
+    assert events == ["time"] * (len(events) // 2) + ["weigh"] * (len(events) // 2) and len(events) > 2
+    assert "longvita 1.0 MiB" in capsys.readouterr().out
 
 
 def test_a_wrong_op_gets_no_times():

@@ -1,5 +1,7 @@
 """A call that nobody listens to skips torch's dispatcher; whoever listens hears it."""
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -126,3 +128,24 @@ def test_direct_calls_that_return_less_give_the_same_bits():
             function = getattr(longvita_kernels, op)
             with_lse = function(*sample.args, **sample.kwargs)[0]
             assert torch.equal(function(*sample.args, **{**sample.kwargs, name: False}), with_lse), sample.label
+
+
+class _OnSecondGpu(torch.Tensor):
+    device = torch.device("cuda:1")
+
+
+def test_an_implementation_finds_its_tensors_device_current(monkeypatch):
+    events = []
+
+    @contextlib.contextmanager
+    def current(device):
+        events.append(("enter", device))
+        yield
+        events.append(("leave", device))
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    launch = _common.on_device(lambda scale, x: events.append("launch"))
+    launch(0.5, torch.zeros(1))
+    assert events == ["launch"], "on the CPU no device is set"
+    launch(0.5, torch.zeros(1).as_subclass(_OnSecondGpu))
+    assert events[1:] == [("enter", torch.device("cuda:1")), "launch", ("leave", torch.device("cuda:1"))]

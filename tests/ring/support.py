@@ -2,7 +2,6 @@
 
 import queue
 import threading
-from collections import defaultdict
 
 import torch
 
@@ -16,7 +15,13 @@ class Threads:
     """What the ring needs of a group, for `size` threads; `sent[rank]` counts bytes, without those that compare arguments."""
 
     def __init__(self, size, eager=True):
-        self.size, self.eager, self.sent, self.queues = size, eager, [0] * size, defaultdict(queue.Queue)
+        self.size, self.eager, self.sent = size, eager, [0] * size
+        self._queues, self._lock = {}, threading.Lock()
+
+    def queue(self, *key):
+        """The messages of this key. Sender and receiver may ask first at the same moment."""
+        with self._lock:
+            return self._queues.setdefault(key, queue.Queue())
 
     def run(self, function):
         """[function(member)] of all ranks; the first exception of any of them."""
@@ -47,8 +52,8 @@ class Member:
     def exchange(self, step, sends, receives, tag=0):
         for peer, tensor in sends:
             self.threads.sent[self.rank] += 0 if step == AGREEING else tensor.numel() * tensor.element_size()
-            self.threads.queues[self.rank, peer, tag].put(tensor.clone())
-        return Arrivals([(self.threads.queues[peer, self.rank, tag], tensor) for peer, tensor in receives])
+            self.threads.queue(self.rank, peer, tag).put(tensor.clone())
+        return Arrivals([(self.threads.queue(peer, self.rank, tag), tensor) for peer, tensor in receives])
 
 
 class Arrivals:
