@@ -218,7 +218,10 @@ def _measure(case, group, arguments):
     if arguments.peers and arguments.device == "cpu" and not arguments.peer_copies:
         zigzag = Zigzag(case.lengths, group.group)
         calls["zigzag ring"] = _both_ways(zigzag.attention, [zigzag.shard(x) for x in inputs])
-    problems = _check(case, plan, counted, calls, foretold)
+        foretold["zigzag ring"] = zigzag.bytes_sent(case.kv_heads, case.dim, case.dtype)
+    # name → (who counts its bytes, what takes a rank's share of a tensor)
+    means = {name: (zigzag, zigzag.shard) if name == "zigzag ring" else (counted, lambda x: plan.shard(x, group.rank)) for name in foretold}
+    problems = _check(case, group.rank, calls, foretold, means)
     if problems:
         return _say(case, {"problems": problems}, group.rank)
     samples = {name: [] for name in calls}
@@ -232,8 +235,6 @@ def _measure(case, group, arguments):
          for name, values in samples.items() if name != "one process"} for i in (0, 1)
     )  # fmt: skip
     sent = {name: _total(size, torch.int64) for name, size in foretold.items()}
-    if "zigzag ring" in calls:
-        sent["zigzag ring"] = _total(zigzag.bytes_sent(case.kv_heads, case.dim, case.dtype), torch.int64)
     facts = {
         "seconds": medians,
         "times_ideal": ratios,
@@ -246,21 +247,22 @@ def _measure(case, group, arguments):
     return _say(case, facts, group.rank)
 
 
-def _check(case, plan, group, calls, foretold):
-    """What is wrong with ring and all-to-all on the very tensors that are timed, as found by any rank."""
+def _check(case, rank, calls, foretold, means):
+    """What is wrong with any of the calls on the very tensors that are timed, as found by any rank."""
     problems = []
-    expected = [plan.shard(x, group.rank) for x in calls["one process"]()]
-    for name in foretold:
+    whole = calls["one process"]()
+    for name, (counter, share) in means.items():
         calls[name]()  # whatever happens only once
-        group.sent = 0
-        got = calls[name]()
-        if group.sent != foretold[name]:
-            problems.append(f"{name}: rank {group.rank} sent {group.sent} bytes, foretold were {foretold[name]}")
-        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        counter.sent = 0
+        there = share(torch.ones_like(whole[0][:, :1, :1]))  # 0 where the peer has padding: what it makes of that is nobody's
+        got = [x * there for x in calls[name]()]
+        if counter.sent != foretold[name]:
+            problems.append(f"{name}: rank {rank} sent {counter.sent} bytes, foretold were {foretold[name]}")
+        for i, (a, b) in enumerate(zip(got, map(share, whole), strict=True)):
             error, limit = float((a - b).abs().max()) if a.numel() else 0.0, TOLERANCES[case.dtype][min(i, 1)]
             if not error <= limit:
-                problems.append(f"{name}: rank {group.rank}, {('out', 'dq', 'dk', 'dv')[i]} differs by {error:.2e} from one process")
-    everyone = [None] * group.size
+                problems.append(f"{name}: rank {rank}, {('out', 'dq', 'dk', 'dv')[i]} differs by {error:.2e} from one process")
+    everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, problems)
     return sum(everyone, [])
 

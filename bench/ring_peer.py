@@ -13,10 +13,10 @@ from longvita_kernels import merge_attention
 
 
 class Zigzag:
-    """Documents over the ranks of a group. `tokens`: of this rank, padding included."""
+    """Documents over the ranks of a group. `tokens`: of this rank, padding included; `sent`: bytes so far."""
 
     def __init__(self, lengths, group):
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.group, self.rank, self.size, self.sent = group, dist.get_rank(group), dist.get_world_size(group), 0
         piece = -(-np.array(lengths) // (2 * self.size))
         starts = np.cumsum(2 * piece) - 2 * piece
         self.lengths, self.piece, self.tokens = np.array(lengths), piece, int(2 * piece.sum())
@@ -46,6 +46,7 @@ class Zigzag:
     def pass_on(self, tensor):
         """Start sending to the next rank; (what comes from the one before, the transfers)."""
         arriving = torch.empty_like(tensor)
+        self.sent += tensor.numel() * tensor.element_size()
         peers = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         operations = [
             dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peers[0]),
