@@ -106,6 +106,20 @@ def gather(cache, scale, block_table, b, length, dtype):
     return (values.to(wide) * factors[:length, :, None].to(wide)).to(dtype)
 
 
+def take(cache, scale, block_table, sequence_N, token_NL, dtype):
+    """Tokens token_NL of the sequences sequence_N by head, (N, Hkv, L, D), dequantised as by `gather`: what a batched product reads.
+    Nothing is read back; block numbers are clamped."""
+    row, column, block = sequence_N[:, None, None], token_NL[:, None], cache.shape[1]
+    if block_table is not None:
+        row, column = block_table[sequence_N[:, None], token_NL // block].long().clamp_(0, cache.shape[0] - 1)[:, None], column % block
+    at = row, column, torch.arange(cache.shape[2], device=cache.device)[:, None]
+    if scale is None:
+        return cache[at].to(dtype)
+    codes = cache.view(torch.uint8)[at].view(cache.dtype)  # bytes, as fp8 is not indexed everywhere
+    wide = torch.promote_types(dtype, torch.float32)
+    return codes.to(wide).mul_(scale[at].unsqueeze(-1)).to(dtype)
+
+
 def quantise(x, dtype):
     """x (..., D) → codes in `dtype` and scale (...) float32: symmetric, the largest magnitude of a row becomes the largest code.
 
