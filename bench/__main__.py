@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bench import machine, report, ring
-from bench.harness import Case, Result, measure
+from bench.harness import Case, Result, failures, measure, reason
 from longvita_kernels import backends, native
 
 MODULES = ("varlen_attention", "linear_cross_entropy", "masked_lm_head", "pixel_shuffle_projection", "decode_attention", "dispatch")
@@ -128,11 +128,14 @@ def _report(chosen: list[Case], arguments: argparse.Namespace) -> int:
     print(*(f"{name}: {value / 1e9:.1f} G" for name, value in about["ceilings"].items()), sep="; ", flush=True)
     results = []
     for case in chosen:
-        results.append(run(case, ceilings, arguments))
+        try:
+            results.append(run(case, ceilings, arguments))
+        except failures() as error:  # the other cases can still be measured
+            results.append(Result(case=case, problems=[reason(error)]))
         print(*report.lines(results[-1]), sep="\n", flush=True)
-    out = {"machine": about, "runs": arguments.runs, "results": [report.as_dict(result) for result in results]}
-    if arguments.json:
-        report.write_json(arguments.json, out)
+        out = {"machine": about, "runs": arguments.runs, "results": [report.as_dict(result) for result in results]}
+        if arguments.json:  # after every case: a run that is cut off leaves what it knows
+            report.write_json(arguments.json, out)
     if arguments.plot:
         report.plot(arguments.plot, results)
     print(json.dumps(out, ensure_ascii=False))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import math
 import statistics
 import time
@@ -67,13 +68,14 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a case gave. seconds: name → median of one call (the ceiling under its own name); empty where problems were found."""
+    """What a case gave. seconds: name → median of one call; empty where problems were found."""
 
     case: Case
     problems: list[str]
     seconds: dict[str, float] = field(default_factory=dict)
     rounds: int = 0
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # peer → why it did not run
     ceiling_rate: float = 0.0  # FLOP/s of mm, bytes/s of read
 
     @property
@@ -181,6 +183,34 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What a kernel raises that does not compile, does not fit the GPU or does not run."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return RuntimeError, TritonError
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _running(calls: dict[str, Callable[[], object]], device: str) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The op's calls and those of peers that run, and why others do not: a peer that cannot take a case must not cost the op its figure."""
+    running, failed = {}, {}
+    for name, call in calls.items():
+        if not name.startswith(OURS):
+            try:
+                once(call, device)
+            except failures() as error:
+                failed[name] = reason(error)
+                continue
+        running[name] = call
+    return running, failed
+
+
 def measure(
     case: Case, ceiling: tuple[Callable[[], object], int] | None, seconds: float, memory: bool = True, device: str = "cpu"
 ) -> Result:
@@ -190,11 +220,12 @@ def measure(
         problems = setup.check()
     if problems:
         return Result(case=case, problems=problems)
-    times, rounds = interleave(setup.calls if ceiling is None else {**setup.calls, "ceiling": ceiling[0]}, seconds, device)
+    calls, failed = _running(setup.calls, device)
+    times, rounds = interleave(calls if ceiling is None else {**calls, "ceiling": ceiling[0]}, seconds, device)
     rate = 0.0 if ceiling is None else ceiling[1] / times.pop("ceiling")
     weigh = cuda_peak_bytes if device == "cuda" else peak_bytes
-    peaks = {name: weigh(call) for name, call in setup.calls.items()} if memory else {}
-    return Result(case=case, problems=[], seconds=times, rounds=rounds, peak_bytes=peaks, ceiling_rate=rate)
+    peaks = {name: weigh(call) for name, call in calls.items()} if memory else {}
+    return Result(case=case, problems=[], seconds=times, rounds=rounds, peak_bytes=peaks, ceiling_rate=rate, failed=failed)
 
 
 def gradients(function: Callable[..., torch.Tensor], inputs: tuple, grad: torch.Tensor) -> Callable[[], object]:
