@@ -133,7 +133,7 @@ def test_a_cache_in_steps_of_a_few_keys(options, monkeypatch):
     with backends.use("reference"):
         want = decode_attention(*arguments, return_lse=True, **options)
     for step, fewest in ((1 << 26, 64), (1, 1), (1, 7)):
-        monkeypatch.setattr(_decode_path, "_STEP", step)
+        monkeypatch.setattr(_decode_path, "_STEP", (step, step))
         monkeypatch.setattr(_decode_path, "_FEWEST", fewest)
         found.append(decode_attention(*arguments, return_lse=True, **options))
     for got in found:
@@ -143,7 +143,7 @@ def test_a_cache_in_steps_of_a_few_keys(options, monkeypatch):
 
 def test_a_step_of_keys_takes_the_memory_that_is_said(monkeypatch):
     """The keys that are read at a time are a fraction of _STEP, and places behind the longest sequence cost nothing."""
-    monkeypatch.setattr(_decode_path, "_STEP", 1 << 16)
+    monkeypatch.setattr(_decode_path, "_STEP", (1 << 16, 1 << 16))
     q, cache = torch.randn(4, 8, 32), torch.full((4, 2000, 2, 32), float("nan"))
     cache[:, :500] = torch.randn(4, 500, 2, 32)
     sizes, take = [], _cache.take
