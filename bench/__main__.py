@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bench import machine, report, ring
-from bench.harness import Case, Result, measure, weigh
+from bench.harness import Case, Result, failures, measure, reason, weigh
 from longvita_kernels import backends, native
 
 MODULES = ("varlen_attention", "linear_cross_entropy", "masked_lm_head", "pixel_shuffle_projection", "decode_attention", "dispatch")
@@ -130,18 +130,27 @@ def _report(chosen: list[Case], arguments: argparse.Namespace) -> int:
     print(*(f"{name}: {value / 1e9:.1f} G" for name, value in about["ceilings"].items()), sep="; ", flush=True)
     results = []
     for case in chosen:
-        results.append(run(case, ceilings, arguments))
+        try:
+            results.append(run(case, ceilings, arguments))
+        except failures() as error:  # the other cases can still be measured
+            results.append(Result(case=case, problems=[reason(error)]))
         print(*report.lines(results[-1]), sep="\n", flush=True)
+        _write(about, results, arguments)  # after every case: a run that is cut off leaves what it knows
     if arguments.memory:
-        results = [result if result.problems else replace(result, peak_bytes=weigh(result.case, device)) for result in results]
+        results = [result if result.problems else replace(result, peak_bytes=weigh(result, device)) for result in results]
         print("Peak memory of a call, its results included:", *map(report.memory_line, results), sep="\n", flush=True)
-    out = {"machine": about, "runs": arguments.runs, "results": [report.as_dict(result) for result in results]}
-    if arguments.json:
-        report.write_json(arguments.json, out)
+    out = _write(about, results, arguments)
     if arguments.plot:
         report.plot(arguments.plot, results)
     print(json.dumps(out, ensure_ascii=False))
     return 1 if any(result.problems for result in results) else 0
+
+
+def _write(about: dict, results: list[Result], arguments: argparse.Namespace) -> dict:
+    out = {"machine": about, "runs": arguments.runs, "results": [report.as_dict(result) for result in results]}
+    if arguments.json:
+        report.write_json(arguments.json, out)
+    return out
 
 
 if __name__ == "__main__":

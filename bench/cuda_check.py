@@ -6,6 +6,9 @@ Fails when a loop that multiplies matrices (or, in a kernel without one, any inn
 exceeds what the architecture has; when the main loop of a bf16 or fp16 matrix kernel has no wgmma on sm_90a; when nvcc warns of anything;
 and when a kernel needs more registers, stack or shared memory than bench/results/compile.json remembers. (Shared memory that a launch in
 C++ asks for is not in these figures: it is asserted where it is laid out.) `--keep` writes into that file what was compiled.
+
+Architectures: sm_80, sm_90a and sm_100a; with --all, or as --capability names them, also sm_86, sm_89 and sm_120, whose blocks have 99 KiB
+of shared memory.
 """
 
 import argparse
@@ -25,7 +28,9 @@ from pathlib import Path
 from bench import cuda_cpp
 
 TABLE = Path(__file__).parent / "results" / "compile.json"
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one block may have
+# Bytes of shared memory that one block may have, by capability.
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+USUAL = (80, 90, 100)  # compiled unless others are asked for
 REGISTER_STEP = 8  # registers are handed out in eights: fewer more is no regression
 _MATRIX = re.compile(r"\b(HGMMA|HMMA|UTCHMMA)\b")
 _SPILL = re.compile(r"\b(LDL|STL)\b")
@@ -160,8 +165,14 @@ def _versions(parts):
 _KERNELS = {"triton": "kernels", "nvcc": "cuda_kernels"}  # what compiles them → where the table has them
 
 
-def _compare(results, everything):
-    """results: {"triton" or "nvcc": {(name, capability): figures}}"""
+def _rows_gone(rows, found, capabilities):
+    """(name, "sm_90") of rows for these capabilities whose kernel is not among those found."""
+    kept = {(name, arch) for name, row in rows.items() for arch in row if int(arch.removeprefix("sm_")) in capabilities}
+    return sorted(kept - {(name, f"sm_{capability}") for name, capability in found})
+
+
+def _compare(results, whole):
+    """results: {"triton" or "nvcc": {(name, capability): figures}}; whole: the capabilities of which every kernel is there."""
     table, wrong = json.loads(TABLE.read_text()), []
     for part, version in _versions(results).items():
         rows = table.get(_KERNELS[part], {})
@@ -170,24 +181,24 @@ def _compare(results, everything):
             continue
         for (name, capability), found in results[part].items():
             wrong += regressions(name, capability, found, rows.get(name, {}).get(f"sm_{capability}"))
-        if everything:
-            gone = {(n, int(c.removeprefix("sm_"))) for n, row in rows.items() for c in row} - set(results[part])
-            wrong += [
-                f"{n} sm_{c}: in {TABLE.name}, but no kernel is called so. Remedy: make cuda-check ARGS=--keep" for n, c in sorted(gone)
-            ]
+        wrong += [
+            f"{name} {arch}: in {TABLE.name}, but no kernel is called so. Remedy: make cuda-check ARGS=--keep"
+            for name, arch in _rows_gone(rows, results[part], whole)
+        ]
     return wrong
 
 
-def _keep(results, everything):
-    """Writes the table: with `everything` the parts of `results` anew, else only their rows."""
+def _keep(results, whole):
+    """Writes the rows of `results` into the table, and takes out those of kernels that are gone."""
     table = json.loads(TABLE.read_text())
     for part, version in _versions(results).items():
         rows = table.setdefault(_KERNELS[part], {})
-        if everything:
-            rows.clear()
         table[part] = version
+        for name, arch in _rows_gone(rows, results[part], whole):
+            del rows[name][arch]
         for (name, capability), found in results[part].items():
             rows.setdefault(name, {})[f"sm_{capability}"] = found
+        table[_KERNELS[part]] = {name: row for name, row in rows.items() if row}
     parts = [f' "{part}": {json.dumps(table[part])},\n "{key}": {_written(table[key])}' for part, key in _KERNELS.items() if key in table]
     TABLE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
@@ -195,7 +206,8 @@ def _keep(results, everything):
 def _written(rows):
     texts = []
     for name, row in sorted(rows.items()):  # a line for each, so that a change shows as one
-        found = ",\n".join(f"   {json.dumps(arch)}: {json.dumps(figures)}" for arch, figures in sorted(row.items()))
+        archs = sorted(row, key=lambda arch: int(arch.removeprefix("sm_")))
+        found = ",\n".join(f"   {json.dumps(arch)}: {json.dumps(row[arch])}" for arch in archs)
         texts.append(f"  {json.dumps(name)}: {{\n{found}\n  }}")
     return "{\n" + ",\n".join(texts) + "\n }"
 
@@ -203,16 +215,17 @@ def _written(rows):
 def _arguments(arguments):
     parser = argparse.ArgumentParser(prog="python -m bench.cuda_check", description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="TEXT", default="", help="kernels whose name contains TEXT, e.g. --only 'masked_lm_head'")
-    parser.add_argument("--capability", type=int, choices=sorted(SHARED_LIMIT), help="one architecture alone")
+    parser.add_argument("--capability", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=USUAL, help="only these, e.g. 90")
+    parser.add_argument("--all", dest="capability", action="store_const", const=tuple(SHARED_LIMIT), help="every architecture")
     parser.add_argument("--cuda-cpp", action=argparse.BooleanOptionalAction, default=True, help="csrc/cuda/*.cu too, which needs nvcc")
     parser.add_argument("--triton", action=argparse.BooleanOptionalAction, default=True, help="the Triton kernels too")
     parser.add_argument("--keep", action="store_true", help="write the figures into bench/results/compile.json instead of comparing")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args(arguments)
-    keys = [(name, c) for name, c in specs() if options.only in name and options.capability in (None, c)] if options.triton else []
+    keys = [(name, c) for name, c in specs() if options.only in name and c in options.capability] if options.triton else []
     files = [
         (source, architecture) for source, architecture in (cuda_cpp.units() if options.cuda_cpp else ())
-        if (options.only in source.name or source.name in options.only) and options.capability in (None, cuda_cpp.capability(architecture))
+        if (options.only in source.name or source.name in options.only) and cuda_cpp.capability(architecture) in options.capability
     ]  # fmt: skip
     if not keys and not files:
         parser.error(f"no kernel is called like {options.only!r}; they are: {', '.join(sorted({name for name, _ in specs()}))}")
@@ -233,7 +246,7 @@ def main(arguments=None):
         except FileNotFoundError as error:
             print(f"bench.cuda_check: {error}", file=sys.stderr)
             return 1
-    start, everything = time.time(), not options.only and options.capability is None
+    start, whole = time.time(), () if options.only else options.capability
     results, wrong = {part: {} for part, wanted in (("triton", keys), ("nvcc", files)) if wanted}, []
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         compiled = pool.imap(compile_file, files)  # the longest first
@@ -249,9 +262,9 @@ def main(arguments=None):
                     _print(key, found)
                     wrong += problems(*key, matrix, found)
     if not options.keep:
-        wrong += _compare(results, everything)
+        wrong += _compare(results, whole)
     elif not wrong:
-        _keep(results, everything)
+        _keep(results, whole)
     print(f"{sum(map(len, results.values()))} kernels in {time.time() - start:.0f} s")
     print(*wrong, sep="\n", end="\n" if wrong else "")
     return 1 if wrong else 0

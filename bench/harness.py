@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import math
 import statistics
 import time
@@ -105,13 +106,14 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a case gave. seconds: name → median of one call (the ceiling under its own name); empty where problems were found."""
+    """What a case gave. seconds: name → median of one call; empty where problems were found."""
 
     case: Case
     problems: list[str]
     seconds: dict[str, float] = field(default_factory=dict)
     rounds: int = 0
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # peer → why it did not run
     ceiling_rate: float = 0.0  # FLOP/s of mm, bytes/s of read
 
     @property
@@ -212,6 +214,34 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What a kernel raises that does not compile, does not fit the GPU or does not run."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return RuntimeError, TritonError
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _running(calls: dict[str, Callable[[], object]], device: str) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The op's calls and those of peers that run, and why others do not: a peer that cannot take a case must not cost the op its figure."""
+    running, failed = {}, {}
+    for name, call in calls.items():
+        if not name.startswith(OURS):
+            try:
+                once(call, device)
+            except failures() as error:
+                failed[name] = reason(error)
+                continue
+        running[name] = call
+    return running, failed
+
+
 def measure(case: Case, ceiling: tuple[Callable[[], object], int] | None, seconds: float, device: str = "cpu") -> Result:
     """Check and time one case. `ceiling`: a call, and the FLOPs or bytes that it does. An op that is wrong gets no times."""
     with torch.device(device):
@@ -219,16 +249,17 @@ def measure(case: Case, ceiling: tuple[Callable[[], object], int] | None, second
         problems = setup.check()
     if problems:
         return Result(case=case, problems=problems)
-    times, rounds = interleave(setup.calls if ceiling is None else {**setup.calls, "ceiling": ceiling[0]}, seconds, device)
+    calls, failed = _running(setup.calls, device)
+    times, rounds = interleave(calls if ceiling is None else {**calls, "ceiling": ceiling[0]}, seconds, device)
     rate = 0.0 if ceiling is None else ceiling[1] / times.pop("ceiling")
-    return Result(case=case, problems=[], seconds=times, rounds=rounds, ceiling_rate=rate)
+    return Result(case=case, problems=[], seconds=times, rounds=rounds, ceiling_rate=rate, failed=failed)
 
 
-def weigh(case: Case, device: str = "cpu") -> dict[str, int]:
-    """Peak memory of every call of a case. What it takes for that (see peak_bytes) stays for the process: no times after it."""
+def weigh(result: Result, device: str = "cpu") -> dict[str, int]:
+    """Peak memory of every call that was timed. What it takes for that (see peak_bytes) stays for the process: no times after it."""
     with torch.device(device):
-        setup = case.build()
-    return {name: (cuda_peak_bytes if device == "cuda" else peak_bytes)(call) for name, call in setup.calls.items()}
+        calls = result.case.build().calls
+    return {name: (cuda_peak_bytes if device == "cuda" else peak_bytes)(calls[name]) for name in result.seconds}
 
 
 def gradients(function: Callable[..., torch.Tensor], inputs: tuple, grad: torch.Tensor) -> Callable[[], object]:

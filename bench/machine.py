@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,9 @@ def describe(device: str = "cpu") -> dict:
     with open("/proc/cpuinfo") as f:
         cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in f)}
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in cpu.get("flags", "").split()]
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
     about = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git.stdout.strip(),
+        "commit": _commit(),
         "cpu": cpu.get("model name", platform.processor()),
         "cores": len(os.sched_getaffinity(0)),
         "flags": flags,
@@ -42,6 +42,14 @@ def describe(device: str = "cpu") -> dict:
         "backend": backends.requested() or "auto",
     }
     return about | _describe_gpu() if device == "cuda" else about
+
+
+def _commit() -> str:
+    """BENCH_COMMIT, for a copy of the tree that lacks its history, or what git says."""
+    if "BENCH_COMMIT" in os.environ or shutil.which("git") is None:
+        return os.environ.get("BENCH_COMMIT", "")
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return git.stdout.strip()
 
 
 def _describe_gpu() -> dict:

@@ -39,7 +39,7 @@ def lines(result: Result) -> list[str]:
     for name, seconds in result.seconds.items():
         ratio = "" if name == OURS else f"{seconds / result.seconds[OURS]:6.2f} ×"
         out.append(f"    {name:34s} {_duration(seconds):>10s} {rate(result, name):>16s} {ratio:>9s}".rstrip())
-    return out
+    return [*out, *(f"    {name:34s} did not run: {why}" for name, why in result.failed.items())]
 
 
 def goal_lines(result: Result) -> list[str]:
@@ -70,7 +70,7 @@ def as_dict(result: Result) -> dict:
         out |= {
             "ceiling_rate": result.ceiling_rate, "share": result.share and round(result.share, 4), "goals": goal_lines(result),
             "rounds": result.rounds, "seconds": {name: float(f"{s:.4g}") for name, s in result.seconds.items()},
-            "peak_bytes": result.peak_bytes,
+            "peak_bytes": result.peak_bytes, **({"failed": result.failed} if result.failed else {}),
         }  # fmt: skip
     return out
 

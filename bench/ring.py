@@ -99,7 +99,8 @@ def main(argv: list[str]) -> int:
         results = [_emulate(case, arguments) for case in chosen]
     else:
         results = _on_processes(arguments.processes, chosen, arguments)
-    out = {"machine": {**machine.describe(), "threads": 1}, "processes": arguments.emulate or arguments.processes, "results": results}
+    about = {**machine.describe(arguments.device), "threads": 1}  # not before: processes are forked while this one has no CUDA context
+    out = {"machine": about, "processes": arguments.emulate or arguments.processes, "results": results}
     if arguments.json:
         report.write_json(arguments.json, out)
     print(json.dumps(out, ensure_ascii=False))
@@ -177,9 +178,9 @@ class _Counted:
 
 
 def _tensors(case, device):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     sizes = (case.heads, case.kv_heads, case.kv_heads, case.heads)
-    return [torch.randn(sum(case.lengths), n, case.dim, generator=generator).to(device, case.dtype) for n in sizes]
+    return [torch.randn(sum(case.lengths), n, case.dim, generator=generator, device=device).to(case.dtype) for n in sizes]
 
 
 def _both_ways(function, inputs):

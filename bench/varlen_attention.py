@@ -194,7 +194,7 @@ def _build(lengths, heads, dim, causal, dtype, backward, pairs):
         functions["SDPA batched (equal lengths)"] = batched(lengths[0], causal)
     if len(lengths) > 1 and tokens <= DENSE_LIMIT:
         functions["SDPA, dense mask"] = dense_mask(cu_seqlens, causal)
-    if not backward or on_gpu:
+    if len(set(lengths)) > 1 and dtype == torch.bfloat16 if on_gpu else not backward:  # on a GPU half a minute of compiling for each shape
         functions["FlexAttention compiled"] = flex(cu_seqlens, causal)
     if backward:
         calls = {name: gradients(function, (q, k, v), grad) for name, function in functions.items()}

@@ -17,7 +17,7 @@ Source: FlashAttention-2 (online softmax), Flash-Decoding (split over the keys).
 import torch
 
 from longvita_kernels import backends, native
-from longvita_kernels.ops import _cache, _common
+from longvita_kernels.ops import _cache, _common, _decode_path
 from longvita_kernels.spec import OpSpec, SampleInput
 
 
@@ -138,11 +138,16 @@ def _decode_impl(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, 
             q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale, left, 0 if causal else right, softcap, scale,
         )  # fmt: skip
         return found[0] if only_out else found
-    if backend != "native":  # inside torch: the composition in q's own dtype, whose products have tensor cores
+    if backend == "torch":
         found = _common.run_reference(
-            reference if backend == "reference" else base, q, k_cache, v_cache, cu_seqlens_q, cache_seqlens,
-            block_table=block_table, causal=causal, window_size=(left, right), softcap=softcap, k_scale=k_scale, v_scale=v_scale,
-            softmax_scale=scale, return_lse=True,
+            _decode_path.forward, q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale, left,
+            0 if causal else right, softcap, scale,
+        )  # fmt: skip
+        return found[0] if only_out else found
+    if backend == "reference":
+        found = _common.run_reference(
+            reference, q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table=block_table, causal=causal, window_size=(left, right),
+            softcap=softcap, k_scale=k_scale, v_scale=v_scale, softmax_scale=scale, return_lse=True,
         )  # fmt: skip
         return found[0] if only_out else found
     tokens, heads, _ = q.shape

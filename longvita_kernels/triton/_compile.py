@@ -10,7 +10,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 
 # Block sizes are looked up by architecture, so each spec is for one of these compute capabilities.
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
 
 
 @dataclass(frozen=True, kw_only=True)

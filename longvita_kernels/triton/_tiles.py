@@ -101,6 +101,25 @@ def full_range(first, last, offset, left, right, length, low, high, BLOCK: tl.co
 
 
 @triton.jit
+def tile_of(item, heads, order_ptr, cu_rows_ptr, cu_columns_ptr, n_docs, rows, columns, steps, BLOCK: tl.constexpr):
+    """Of a piece of work: its head; first token and tokens of the document, of rows and of columns; the tile's first row in it."""
+    slot, head = tl.load(order_ptr + item // heads).to(tl.int32), (item % heads).to(tl.int64)
+    document = document_of(slot, cu_rows_ptr, n_docs, rows, steps, BLOCK)
+    start, length = extent(document, cu_rows_ptr, rows)
+    start_columns, length_columns = extent(document, cu_columns_ptr, columns)
+    return head, start, length, start_columns, length_columns, first_row(slot, document, start, BLOCK)
+
+
+@triton.jit
+def seen_by(first, length, offset, left, right, columns, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """(begin, a, b, high): the columns that a tile sees, by blocks of STEP: those of `full_range`, and their end."""
+    last = tl.minimum(first + BLOCK, length) - 1
+    low, high = visible_range(first, last, offset, left, right, columns)
+    begin, a, b = full_range(first, last, offset, left, right, columns, low, high, STEP)
+    return begin, a, b, high
+
+
+@triton.jit
 def block_count(begin, a, b, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Blocks of columns that need a mask, or those that do not (between a and b)."""
     return (a - begin) // BLOCK + tl.maximum(tl.cdiv(end - b, BLOCK), 0) if MASKED else (b - a) // BLOCK

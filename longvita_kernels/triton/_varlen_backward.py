@@ -12,14 +12,11 @@ from longvita_kernels.triton._tiles import (
     LOG2E,
     block_count,
     block_start,
-    document_of,
-    extent,
-    first_row,
-    full_range,
     load_rows,
+    seen_by,
     store_rows,
     tanh,
-    visible_range,
+    tile_of,
     work_item,
 )
 
@@ -127,17 +124,13 @@ def keys_kernel(
     for turn in range(turns):
         item = work_item(turn, items)
         if item < items:
-            slot, kv_head = tl.load(order_ptr + item // (HEADS // GROUP)).to(tl.int32), (item % (HEADS // GROUP)).to(tl.int64)
-            document = document_of(slot, cu_k_ptr, n_docs, keys, steps, N)
-            start_q, length_q = extent(document, cu_q_ptr, queries)
-            start_k, length_k = extent(document, cu_k_ptr, keys)
-            first = first_row(slot, document, start_k, N)
+            kv_head, start_k, length_k, start_q, length_q, first = tile_of(
+                item, HEADS // GROUP, order_ptr, cu_k_ptr, cu_q_ptr, n_docs, keys, queries, steps, N
+            )
             if first < length_k:
                 # as in the forward with queries and keys exchanged: key j is seen by j − offset − right … j − offset + left
                 column, offset = first + tl.arange(0, N), length_k - length_q
-                last = tl.minimum(first + N, length_k) - 1
-                low, high = visible_range(first, last, -offset, right, left, length_q)
-                begin, a, b = full_range(first, last, -offset, right, left, length_q, low, high, M)
+                begin, a, b, high = seen_by(first, length_k, -offset, right, left, length_q, N, M)
                 k_at = k_ptr + start_k.to(tl.int64) * k_stride + kv_head * k_head
                 v_at = v_ptr + start_k.to(tl.int64) * v_stride + kv_head * v_head
                 k = load_rows(k_at, first, k_stride, length_k, N, DIM, BLOCK_DIM, True)
@@ -147,16 +140,12 @@ def keys_kernel(
                 q_at = q_ptr + start_q.to(tl.int64) * q_stride + head * q_head
                 grad_at = grad_ptr + start_q.to(tl.int64) * grad_stride + head * grad_head
                 stats_at = stats_ptr + head * queries + start_q
-                dk, dv = _through_queries(
-                    dk, dv, k, v, q_at, grad_at, stats_at, q_stride, q_head, grad_stride, grad_head, queries, rows, column, begin, a, b,
-                    high, length_q, offset, left, right, scale2, cap, GROUP, DIM, BLOCK_DIM, M, SOFTCAP, REST, NEED_K, NEED_V, HAS_GRAD,
-                    False,
-                )  # fmt: skip
-                dk, dv = _through_queries(
-                    dk, dv, k, v, q_at, grad_at, stats_at, q_stride, q_head, grad_stride, grad_head, queries, rows, column, begin, a, b,
-                    high, length_q, offset, left, right, scale2, cap, GROUP, DIM, BLOCK_DIM, M, SOFTCAP, REST, NEED_K, NEED_V, HAS_GRAD,
-                    True,
-                )  # fmt: skip
+                for masked in tl.static_range(2):
+                    dk, dv = _through_queries(
+                        dk, dv, k, v, q_at, grad_at, stats_at, q_stride, q_head, grad_stride, grad_head, queries, rows, column, begin, a, b,
+                        high, length_q, offset, left, right, scale2, cap, GROUP, DIM, BLOCK_DIM, M, SOFTCAP, REST, NEED_K, NEED_V, HAS_GRAD,
+                        masked == 1,
+                    )  # fmt: skip
                 if NEED_K:
                     at = dk_ptr + start_k.to(tl.int64) * dk_stride + kv_head * dk_head
                     store_rows(at, dk * scale, first, dk_stride, length_k, N, DIM, BLOCK_DIM, ADD)
@@ -205,16 +194,12 @@ def queries_kernel(
     for turn in range(turns):
         item = work_item(turn, items)
         if item < items:
-            slot, head = tl.load(order_ptr + item // HEADS).to(tl.int32), (item % HEADS).to(tl.int64)
-            document = document_of(slot, cu_q_ptr, n_docs, queries, steps, M)
-            start_q, length_q = extent(document, cu_q_ptr, queries)
-            start_k, length_k = extent(document, cu_k_ptr, keys)
-            first = first_row(slot, document, start_q, M)
+            head, start_q, length_q, start_k, length_k, first = tile_of(
+                item, HEADS, order_ptr, cu_q_ptr, cu_k_ptr, n_docs, queries, keys, steps, M
+            )
             if first < length_q:
                 row, offset = first + tl.arange(0, M), length_k - length_q
-                last = tl.minimum(first + M, length_q) - 1
-                low, high = visible_range(first, last, offset, left, right, length_k)
-                begin, a, b = full_range(first, last, offset, left, right, length_k, low, high, N)
+                begin, a, b, high = seen_by(first, length_q, offset, left, right, length_k, M, N)
                 q_at = q_ptr + start_q.to(tl.int64) * q_stride + head * q_head
                 q = load_rows(q_at, first, q_stride, length_q, M, DIM, BLOCK_DIM, True)
                 grad = q
@@ -225,13 +210,10 @@ def queries_kernel(
                 k_at = k_ptr + start_k.to(tl.int64) * k_stride + head // GROUP * k_head
                 v_at = v_ptr + start_k.to(tl.int64) * v_stride + head // GROUP * v_head
                 dq = tl.zeros([M, BLOCK_DIM], tl.float32)
-                dq = _through_keys(
-                    dq, q, grad, lse2, rest, delta, k_at, v_at, k_stride, v_stride, row, begin, a, b, high, length_k, offset, left, right,
-                    scale2, cap, DIM, BLOCK_DIM, N, SOFTCAP, REST, HAS_GRAD, False,
-                )  # fmt: skip
-                dq = _through_keys(
-                    dq, q, grad, lse2, rest, delta, k_at, v_at, k_stride, v_stride, row, begin, a, b, high, length_k, offset, left, right,
-                    scale2, cap, DIM, BLOCK_DIM, N, SOFTCAP, REST, HAS_GRAD, True,
-                )  # fmt: skip
+                for masked in tl.static_range(2):
+                    dq = _through_keys(
+                        dq, q, grad, lse2, rest, delta, k_at, v_at, k_stride, v_stride, row, begin, a, b, high, length_k, offset, left,
+                        right, scale2, cap, DIM, BLOCK_DIM, N, SOFTCAP, REST, HAS_GRAD, masked == 1,
+                    )  # fmt: skip
                 at = dq_ptr + start_q.to(tl.int64) * dq_stride + head * dq_head
                 store_rows(at, dq * scale, first, dq_stride, length_q, M, DIM, BLOCK_DIM, ADD)

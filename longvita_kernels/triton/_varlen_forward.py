@@ -12,14 +12,11 @@ from longvita_kernels.triton._tiles import (
     LOG2E,
     block_count,
     block_start,
-    document_of,
-    extent,
-    first_row,
-    full_range,
     load_rows,
+    seen_by,
     store_rows,
     tanh,
-    visible_range,
+    tile_of,
     work_item,
 )
 
@@ -65,30 +62,23 @@ def forward_kernel(
     for turn in range(turns):
         item = work_item(turn, items)
         if item < items:
-            slot, head = tl.load(order_ptr + item // HEADS).to(tl.int32), (item % HEADS).to(tl.int64)
-            document = document_of(slot, cu_q_ptr, n_docs, queries, steps, M)
-            start_q, length_q = extent(document, cu_q_ptr, queries)
-            start_k, length_k = extent(document, cu_k_ptr, keys)
-            first = first_row(slot, document, start_q, M)
+            head, start_q, length_q, start_k, length_k, first = tile_of(
+                item, HEADS, order_ptr, cu_q_ptr, cu_k_ptr, n_docs, queries, keys, steps, M
+            )
             if first < length_q:
                 row, offset = first + tl.arange(0, M), length_k - length_q
-                last = tl.minimum(first + M, length_q) - 1
-                low, high = visible_range(first, last, offset, left, right, length_k)
-                begin, a, b = full_range(first, last, offset, left, right, length_k, low, high, N)
+                begin, a, b, high = seen_by(first, length_q, offset, left, right, length_k, M, N)
                 q_at = q_ptr + start_q.to(tl.int64) * q_stride + head * q_head
                 q = load_rows(q_at, first, q_stride, length_q, M, DIM, BLOCK_DIM, True)
                 k_at = k_ptr + start_k.to(tl.int64) * k_stride + head // GROUP * k_head
                 v_at = v_ptr + start_k.to(tl.int64) * v_stride + head // GROUP * v_head
                 peak, total = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
                 acc = tl.zeros([M, BLOCK_DIM], tl.float32)
-                peak, total, acc = _attend(
-                    q, peak, total, acc, k_at, v_at, k_stride, v_stride, row, begin, a, b, high, length_k, offset, left, right, scale2, cap,
-                    DIM, BLOCK_DIM, N, SOFTCAP, False,
-                )  # fmt: skip
-                peak, total, acc = _attend(
-                    q, peak, total, acc, k_at, v_at, k_stride, v_stride, row, begin, a, b, high, length_k, offset, left, right, scale2, cap,
-                    DIM, BLOCK_DIM, N, SOFTCAP, True,
-                )  # fmt: skip
+                for masked in tl.static_range(2):
+                    peak, total, acc = _attend(
+                        q, peak, total, acc, k_at, v_at, k_stride, v_stride, row, begin, a, b, high, length_k, offset, left, right, scale2,
+                        cap, DIM, BLOCK_DIM, N, SOFTCAP, masked == 1,
+                    )  # fmt: skip
                 blind = total == 0
                 safe = tl.where(blind, 1.0, total)
                 lse = tl.where(blind, 0.0, (peak + tl.log2(safe)) * LN2)

@@ -1,6 +1,7 @@
 """The benchmark measures what it says, refuses what is wrong, and knows every op."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_memory_is_weighed_when_all_times_are_taken(monkeypatch, capsys):
         events.append("time")
         return harness.Result(case=case, problems=[], seconds={"longvita": 1.0})
 
-    def weigh(case, device):
+    def weigh(result, device):
         events.append("weigh")
         return {"longvita": 1 << 20}
 
@@ -110,6 +111,34 @@ def test_a_wrong_op_gets_no_times():
     assert not called and not result.seconds
     assert any("REFUSED: out: off by 5 %" in line for line in report.lines(result))
     assert "seconds" not in report.as_dict(result)
+
+
+def _fails(*_):
+    raise RuntimeError("no\n  kernel")
+
+
+def test_a_peer_that_does_not_run_costs_the_op_nothing():
+    result = harness.measure(_case({"longvita": lambda: None, "peer": _fails}), (lambda: None, 1), seconds=0.0)
+    assert set(result.seconds) == {"longvita"} and result.failed == {"peer": "RuntimeError: no kernel"}
+    assert report.as_dict(result)["failed"] == result.failed and "peer" in report.lines(result)[-1]
+    with pytest.raises(RuntimeError):
+        harness.measure(_case({"longvita": _fails}), (lambda: None, 1), seconds=0.0)
+
+
+def test_a_case_that_fails_costs_the_others_nothing(tmp_path, capsys, monkeypatch):
+    """And what is known is on disk before the next case begins."""
+    path, seen = tmp_path / "out.json", []
+
+    def second():
+        seen.extend(json.loads(path.read_text())["results"])
+        return harness.Setup(calls={"longvita": lambda: None}, check=list)
+
+    monkeypatch.setattr(machine, "measure_ceilings", lambda seconds, device: {})
+    cases = [replace(_case({}, ceiling=None), build=build) for build in (_fails, second)]
+    arguments = command._arguments(["--seconds", "0", "--no-memory", "--json", str(path)])
+    assert command._report(cases, arguments) == 1
+    assert [result["problems"] for result in seen] == [["RuntimeError: no kernel"]] and "REFUSED: RuntimeError" in capsys.readouterr().out
+    assert [bool(result["problems"]) for result in json.loads(path.read_text())["results"]] == [True, False]
 
 
 def test_peak_memory_sees_what_a_call_held_for_a_moment():

@@ -45,6 +45,7 @@ def test_only_the_innermost_loop_counts():
     [
         ({"loop_spills": 3}, 80, False, "3 instructions in its main loop move spilled registers"),
         ({"shared": 170_000}, 80, True, "170000 bytes of shared memory; sm_80 has 166912"),
+        ({"shared": 101_377, "multiplies_with": ["HMMA"]}, 89, True, "101377 bytes of shared memory; sm_89 has 101376"),
         ({"multiplies_with": ["HMMA"]}, 90, True, "multiplies with HMMA, not with wgmma"),
         ({"multiplies_with": [], "main_loops": 0}, 100, True, "no loop of it multiplies matrices"),
     ],
@@ -130,20 +131,20 @@ def test_the_parts_of_the_table_are_kept_apart(tmp_path, monkeypatch):
     table.write_text('{"triton": "0", "kernels": {"a": {"sm_90": 1}}, "nvcc": "0", "cuda_kernels": {"old.cu k": {"sm_90": 2}}}')
     monkeypatch.setattr(cuda_check, "TABLE", table)
     monkeypatch.setattr(cuda_cpp, "version", lambda: "13.0.88")
-    cuda_check._keep({"nvcc": {("new.cu k", 90): GOOD}}, everything=True)
+    cuda_check._keep({"nvcc": {("new.cu k", 90): GOOD}}, whole=(90,))
     kept = json.loads(table.read_text())
     assert kept["kernels"] == {"a": {"sm_90": 1}} and kept["triton"] == "0"
     assert kept["cuda_kernels"] == {"new.cu k": {"sm_90": GOOD}} and kept["nvcc"] == "13.0.88"
-    assert not cuda_check._compare({"nvcc": {("new.cu k", 90): GOOD}}, everything=True)
-    assert "spills rose" in cuda_check._compare({"nvcc": {("new.cu k", 90): GOOD | {"spills": 3}}}, everything=True)[0]
-    assert "no kernel is called so" in cuda_check._compare({"nvcc": {}}, everything=True)[0]
+    assert not cuda_check._compare({"nvcc": {("new.cu k", 90): GOOD}}, whole=(90,))
+    assert "spills rose" in cuda_check._compare({"nvcc": {("new.cu k", 90): GOOD | {"spills": 3}}}, whole=(90,))[0]
+    assert "no kernel is called so" in cuda_check._compare({"nvcc": {}}, whole=(90,))[0]
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_a_kernel_compiles_here(capability, capsys):
     kernel = "masked_lm_head forward, few rows bf16"
     assert cuda_check.main(["--only", kernel, "--capability", str(capability), "--jobs", "1"]) == 0
-    assert {80: " HMMA", 90: " HGMMA", 100: " UTCHMMA"}[capability] in capsys.readouterr().out
+    assert {80: " HMMA", 90: " HGMMA", 100: " UTCHMMA", 120: " HMMA"}[capability] in capsys.readouterr().out
 
 
 def test_blocks_too_small_for_wgmma_are_found(monkeypatch):

@@ -15,6 +15,7 @@ from longvita_kernels import native
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc/cuda"
+KEPT = 48  # libraries, by their last use: one run of the tests makes one, and one for each mistake that must be noticed
 FLAGS = ["-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-shared", "-Wall", "-Wextra", "-DLV_EMULATE", "-x", "c++"]
 
 
@@ -45,15 +46,32 @@ def compile_library(replace=()):
     folder.mkdir(parents=True, exist_ok=True)
     with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
+        if library.exists():
+            os.utime(library)  # in use: among the newest
+        else:
             _compile(library, replace)
+            _prune(folder)
     return library
+
+
+def _prune(folder):
+    """Deletes the libraries of sources long gone. What somebody has loaded lives on without its name; what somebody locks is left alone."""
+    with open(folder / "prune", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # only one deletes, so what is listed is there
+        for old in sorted(folder.glob("*.so"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+            with open(old.with_suffix(".lock"), "w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                old.unlink()
+                old.with_suffix(".lock").unlink()
 
 
 def _compile(library, replace):
     source, partial = CUDA, library.with_suffix(f".{os.getpid()}.part")
     if replace:
-        source = library.with_suffix(".src")
+        source = library.with_suffix(f".{os.getpid()}.src")
         shutil.copytree(CUDA, source, dirs_exist_ok=True)
         for name, old, new in replace:
             text = (source / name).read_text()

@@ -1,8 +1,12 @@
 """The emulator itself: what its instructions compute, held to the definitions in the PTX ISA, and that it notices what breaks a rule."""
 
+import fcntl
+import os
+
 import pytest
 import torch
 
+from tests.cuda import emulated
 from tests.cuda.emulated import EmulatorError, Machine, selftest
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -97,3 +101,16 @@ def test_what_breaks_a_rule_is_noticed(name):
 def test_an_unknown_self_test_is_refused():
     with pytest.raises(ValueError, match="no self-test is called"):
         selftest(Machine.shared(), "nothing", torch.zeros(64, 16).bfloat16(), torch.zeros(64, 16).bfloat16())
+
+
+def test_old_libraries_are_deleted_but_none_that_somebody_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(emulated, "KEPT", 2)
+    for age, name in enumerate("abcd"):
+        (tmp_path / f"{name}.so").touch()
+        os.utime(tmp_path / f"{name}.so", (1000 - age, 1000 - age))
+    with open(tmp_path / "d.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        emulated._prune(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["a.so", "b.so", "d.lock", "d.so"]
+    emulated._prune(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["a.so", "b.so"]

@@ -1,4 +1,6 @@
-"""Every op once over its samples, forward and backward, for compute-sanitizer: bench/gpu.sh sanitize."""
+"""Ops (all, or those named) once over their samples, forward and backward, for compute-sanitizer: bench/gpu.sh sanitize."""
+
+import sys
 
 import torch
 
@@ -10,15 +12,15 @@ for backend in ("triton", "cuda"):
         print(backend, "is not there:", backends._missing(backend))
         continue
     with backends.use(backend):
-        for spec in all_specs().values():
-            if backend == "cuda" and spec.name not in backends.CUDA_OPS:
+        for name in sys.argv[1:] or all_specs():
+            spec, done = all_specs()[name], 0
+            if backend == "cuda" and name not in backends.CUDA_OPS:
                 continue
-            done = 0
             for dtype in (torch.float32, torch.bfloat16):
                 for sample in spec.samples(dtype, "cuda", 0):
-                    _, cuda_cannot = backends._unsupported(spec.name, sample.args, sample.kwargs)
+                    _, cuda_cannot = backends._unsupported(name, sample.args, sample.kwargs)
                     if backend == "triton" or cuda_cannot() is None:
                         testing.run(spec.op, spec, sample)
                         torch.cuda.synchronize()
                         done += 1
-            print(spec.name, backend, f"{done} samples done")
+            print(name, backend, f"{done} samples done", flush=True)

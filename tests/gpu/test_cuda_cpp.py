@@ -1,6 +1,5 @@
 """What CUDA C++ has beside the ops' samples: the sizes it is made for, tensors past 2³¹ elements, several processes on one GPU."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -11,32 +10,25 @@ import torch
 
 from longvita_kernels import backends, masked_lm_head, merge_attention, testing, varlen_attention
 from longvita_kernels.cuda import native_cuda
-from longvita_kernels.ops import _varlen_paths
+from longvita_kernels.ops.masked_lm_head import SPEC as HEAD
+from longvita_kernels.ops.merge_attention import SPEC as MERGE
 from longvita_kernels.ops.varlen_attention import SPEC
 from longvita_kernels.spec import SampleInput
+from tests.gpu.support import offsets, on
 
 ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def _on_cuda():
-    if native_cuda.load() is None:
-        pytest.skip(native_cuda.why_missing())
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    with backends.use("cuda"):
-        yield
-    torch.set_float32_matmul_precision(before)
-
-
-def test_it_is_explained():
+@on(MERGE, "cuda")
+def test_it_is_explained(spec, backend):
     assert backends.explain("merge_attention", torch.ones(1, device="cuda")).startswith("merge_attention: cuda (requested; ")
 
 
+@on(HEAD, "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [64, 1037, 5120, 8192])
-def test_logits_of_one_to_eight_rows_of_a_real_head(width, dtype):
+def test_logits_of_one_to_eight_rows_of_a_real_head(spec, backend, width, dtype):
     hidden, weight = (torch.randn(n, width, device="cuda").to(dtype) for n in (100, 30_011))
     rows = torch.tensor([3, 0, 99, 3, 7, 5, 1, 9], device="cuda")
     exact = hidden[rows].double() @ weight.double().T
@@ -47,7 +39,8 @@ def test_logits_of_one_to_eight_rows_of_a_real_head(width, dtype):
         testing.assert_bit_equal(got, one_by_one[:count])
 
 
-def test_a_weight_past_two_to_the_31():
+@on(HEAD, "cuda")
+def test_a_weight_past_two_to_the_31(spec, backend):
     weight = torch.empty(420_001, 5120, dtype=torch.bfloat16, device="cuda").normal_()
     assert weight.numel() > 2**31
     hidden, row = torch.randn(2, 5120, device="cuda").bfloat16(), torch.tensor([1], device="cuda")
@@ -55,29 +48,32 @@ def test_a_weight_past_two_to_the_31():
     testing.assert_bit_equal(got.contiguous(), masked_lm_head(hidden, weight[-1000:], row))
 
 
-def test_rows_out_of_range_are_clamped():
+@on(HEAD, "cuda")
+def test_rows_out_of_range_are_clamped(spec, backend):
     hidden, weight = (torch.randn(n, 256, device="cuda") for n in (5, 300))
     wild = masked_lm_head(hidden, weight, torch.tensor([-(2**40), 2**40], device="cuda"))
     testing.assert_bit_equal(wild, masked_lm_head(hidden, weight, torch.tensor([0, 4], device="cuda")))
 
 
+@on(MERGE, "cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merging_many_rows(dtype):
+def test_merging_many_rows(spec, backend, dtype):
     tokens, heads, dim = 4099, 40, 128
     outs = [torch.randn(tokens, heads, dim, device="cuda").to(dtype).requires_grad_() for _ in "ab"]
     lses = [(3 * torch.randn(heads, tokens, device="cuda")).requires_grad_() for _ in "ab"]
     found = {}
-    for backend in ("cuda", "reference"):
-        with backends.use(backend):
+    for way in ("cuda", "reference"):
+        with backends.use(way):
             out, lse = merge_attention(outs[0], lses[0], outs[1], lses[1])
             grads = torch.autograd.grad((out, lse), [*outs, *lses], (torch.ones_like(out), torch.ones_like(lse)))
-            found[backend] = (out, lse, *grads)
+            found[way] = (out, lse, *grads)
     for got, want in zip(found["cuda"], found["reference"], strict=True):
         tolerance = 1e-5 if dtype == torch.float32 or got.dtype == torch.float32 else 1e-2
         torch.testing.assert_close(got, want, rtol=tolerance, atol=10 * tolerance)
 
 
-def test_merging_past_two_to_the_31():
+@on(MERGE, "cuda")
+def test_merging_past_two_to_the_31(spec, backend):
     tokens, heads, dim = 420_000, 40, 128
     out = torch.randn(1, heads, dim, device="cuda").bfloat16().expand(tokens, heads, dim).contiguous()
     lse = torch.zeros(heads, tokens, device="cuda")
@@ -91,34 +87,27 @@ def test_merging_past_two_to_the_31():
 
 LENGTHS = (1000, 1, 0, 127, 128, 129, 2048, 63, 700)
 OPTIONS = [{}, {"causal": False}, {"window_size": (300, 0)}, {"causal": False, "window_size": (500, 100), "softmax_scale": 0.1}]
-needs_hopper = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="these kernels are for compute capability 9.0"
-)
-
-
-def _offsets(*lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
 
 
 def _attention(lengths, heads=(4, 2), dim=128, dtype=torch.bfloat16, **options):
     q, k, v = (torch.randn(sum(lengths), n, dim, device="cuda").to(dtype) for n in (*heads, heads[1]))
-    return SampleInput(f"{dim} {dtype} {options}", (q, k, v, _offsets(*lengths)), {"return_lse": True, **options}, ("q", "k", "v"))
+    return SampleInput(f"{dim} {dtype} {options}", (q, k, v, offsets(*lengths)), {"return_lse": True, **options}, ("q", "k", "v"))
 
 
-@needs_hopper
+@on(SPEC, "cuda")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (5, 1)], ids=str)
-def test_packed_documents_of_every_length(options, dim, dtype, heads):
+def test_packed_documents_of_every_length(spec, backend, options, dim, dtype, heads):
     sample = _attention(LENGTHS, heads, dim, dtype, **options)
     assert backends.explain("varlen_attention", *sample.args, **sample.kwargs).startswith("varlen_attention: cuda")
     for choice in ({}, {"wrt": ("q",)}, {"wrt": ("k", "v")}, {"wrt": ("v",)}, {"used": ("lse",)}):
         testing.check_sample(SPEC, sample, **choice)
 
 
-@needs_hopper
-def test_attention_runs_agree_in_every_bit_and_another_document_changes_none():
+@on(SPEC, "cuda")
+def test_attention_runs_agree_in_every_bit_and_another_document_changes_none(spec, backend):
     sample = _attention(LENGTHS)
     first = testing.run(SPEC.op, SPEC, sample)
     for _ in range(49):
@@ -127,28 +116,13 @@ def test_attention_runs_agree_in_every_bit_and_another_document_changes_none():
             testing.assert_bit_equal((again.outputs | again.grads)[name], out, name=name)
     q, k, v, _ = sample.args
     alone = [x[1000:].contiguous() for x in (q, k, v)]
-    out, lse = varlen_attention(*alone, _offsets(*LENGTHS[1:]), return_lse=True)
+    out, lse = varlen_attention(*alone, offsets(*LENGTHS[1:]), return_lse=True)
     testing.assert_bit_equal(out, first.outputs["out"][1000:].contiguous())
     testing.assert_bit_equal(lse, first.outputs["lse"][:, 1000:].contiguous())
 
 
-@needs_hopper
-def test_a_long_document_against_plain_products():
-    tokens = 16384
-    q, k, v, cu = _attention((tokens,), heads=(5, 1)).args
-    grad, arguments = torch.randn_like(q), (cu, cu, 128**-0.5, -1, 0, 0.0)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out, lse = varlen_attention(*leaves, cu, return_lse=True)
-    got = (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad))
-    want = (*_varlen_paths.blocked_forward(q, k, v, *arguments), *_varlen_paths.blocked_backward(grad, None, q, k, v, *arguments))
-    wide = [x.float() for x in (grad, q, k, v)]
-    exact = (*_varlen_paths.blocked_forward(*wide[1:], *arguments), *_varlen_paths.blocked_backward(wide[0], None, *wide[1:], *arguments))
-    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, want, exact, strict=True):
-        assert (a.float() - c).norm() <= 1.5 * (b.float() - c).norm() + torch.finfo(torch.bfloat16).eps * c.norm(), name
-
-
-@needs_hopper
-def test_attention_can_be_captured_and_never_synchronises():
+@on(SPEC, "cuda")
+def test_attention_can_be_captured_and_never_synchronises(spec, backend):
     sample = _attention((300, 0, 129))
     q, k, v, cu = sample.args
     leaves, stream, graph = [x.detach().requires_grad_() for x in (q, k, v)], torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -174,35 +148,6 @@ def test_attention_can_be_captured_and_never_synchronises():
         testing.assert_bit_equal(got, want)
 
 
-@needs_hopper
-def test_attention_past_two_to_the_31():
-    """q alone has 2.3e9 elements; another document changes no bit, so the last ones must be what they are alone."""
-    heads, dim, length, documents = 17, 128, 512, 2048
-    q = torch.randn(1, heads, dim, device="cuda").bfloat16().expand(length * documents, heads, dim).contiguous()
-    k, v = (torch.randn(length * documents, 1, dim, device="cuda").bfloat16() for _ in "kv")
-    assert q.numel() > 2**31
-    tail = slice(length * (documents - 3), None)
-    found = []
-    for at, cu in ((slice(None), _offsets(*[length] * documents)), (tail, _offsets(*[length] * 3))):
-        leaves = [x[at].detach().requires_grad_() for x in (q, k, v)]
-        out, lse = varlen_attention(*leaves, cu, return_lse=True)
-        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
-        found.append([out.detach()[-3 * length :], lse.detach()[:, -3 * length :], *(grad[-3 * length :] for grad in grads)])
-        del out, lse, grads, leaves
-    for a, b in zip(*found, strict=True):
-        testing.assert_bit_equal(a.contiguous(), b.contiguous())
-
-
-@needs_hopper
-def test_wild_offsets_end_in_numbers_not_in_a_fault():
-    q, k, v, _ = _attention((500,)).args
-    for wild in ((0, 10**9, -5, 7), (-(10**9), 3, 2, 2**31 - 1), (500, 20, 10, 0)):
-        cu = torch.tensor(wild, dtype=torch.int32, device="cuda")
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        varlen_attention(*leaves, cu).sum().backward()
-        torch.cuda.synchronize()
-
-
 # -------------------------------------------------------------------------------------------------------------------------- peer copies
 
 
@@ -210,8 +155,10 @@ def test_wild_offsets_end_in_numbers_not_in_a_fault():
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_ring_over_peer_copies(count, tmp_path):
     """So many processes, on one GPU where there are no more."""
+    if native_cuda.load() is None:
+        pytest.skip(native_cuda.why_missing())
     done = subprocess.run(
         [sys.executable, "-m", "tests.cuda.peers", str(tmp_path), str(count), "cuda"], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=90,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,23 +9,11 @@ import torch
 from longvita_kernels import backends, testing
 from longvita_kernels.cuda import native_cuda
 from longvita_kernels.spec import all_specs
+from tests.gpu.support import name
 
 SPECS = list(all_specs().values())
-DIFFERENTIABLE = [spec for spec in SPECS if any(sample.differentiable for sample in spec.samples(torch.float32, "cpu", 0))]
-
-
-def _name(value):
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else getattr(value, "name", None)
-
-
-def _choices():
-    """(spec, dtype, backend): ours for every op, and the other ways where they are."""
-    yield from ((spec, dtype, backend) for spec, backend in OURS for dtype in spec.dtypes)
-    for spec in SPECS:
-        for dtype in spec.dtypes:
-            yield spec, dtype, "torch"
-            if spec.name in backends.FLASH_OPS and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
-                yield spec, dtype, "flash_attn"
+# What torch alone can do without reading anything back.
+INSIDE_TORCH = ("append_kv", "decode_attention", "masked_lm_head", "merge_attention", "pixel_shuffle_projection")
 
 
 def _ours():
@@ -35,35 +23,45 @@ def _ours():
         yield from ((spec, "cuda") for spec in SPECS if spec.name in backends.CUDA_OPS - {"varlen_attention"})
 
 
-OURS = list(_ours())
-each_of_ours = pytest.mark.parametrize(("spec", "backend"), OURS, ids=_name)
-each_choice = pytest.mark.parametrize(("spec", "dtype", "backend"), list(_choices()), ids=_name)
-each_spec = pytest.mark.parametrize("spec", SPECS, ids=_name)
-
-
-@pytest.fixture(autouse=True)
-def _no_tf32():
-    """float32 means float32, for the composition that bounds the errors as well."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
+def _others():
+    yield from ((spec, "torch") for spec in SPECS)
+    if importlib.util.find_spec("flash_attn"):
+        yield from ((spec, "flash_attn") for spec in SPECS if spec.name in backends.FLASH_OPS)
 
 
 @functools.lru_cache(maxsize=4)
-def _samples(name, dtype):
-    return list(all_specs()[name].samples(dtype, "cuda", 0))
+def _samples(op, dtype, device="cuda"):
+    return list(all_specs()[op].samples(dtype, device, 0))
+
+
+def _each_sample(choices, dtypes):
+    """A test for each sample of each (spec, backend): its arguments `spec`, `backend` and `sample`, a function that makes it."""
+    found = []
+    for spec, backend in choices:
+        for dtype in spec.dtypes:
+            if dtype in dtypes and not (backend == "flash_attn" and dtype == torch.float32):
+                for i, sample in enumerate(_samples(spec.name, dtype, "cpu")):
+                    make = functools.partial(lambda op, dtype, i: _samples(op, dtype)[i], spec.name, dtype, i)
+                    found.append(pytest.param(spec, backend, make, id=f"{spec.name}-{backend}-{name(dtype)}-{sample.label}"))
+    if not torch.cuda.is_available():
+        found = found[:1]  # one that is skipped stands for all
+    return pytest.mark.parametrize(("spec", "backend", "sample"), found)
+
+
+OURS, ALL = list(_ours()), (torch.float32, torch.bfloat16, torch.float16)
+each_choice = _each_sample([*OURS, *_others()], ALL)
+each_of_ours = pytest.mark.parametrize(("spec", "backend"), OURS, ids=name)
 
 
 @each_choice
-def test_forward_and_gradients_are_accurate(spec, dtype, backend):
-    with backends.use(backend):
-        assert backends.choose(spec.name, _samples(spec.name, dtype)[0].args[0]) == backend
-        testing.check_samples(spec, _samples(spec.name, dtype), lambda sample: [{}])
+def test_forward_and_gradients_are_accurate(spec, backend, sample):
+    sample = sample()
+    assert backends.choose(spec.name, sample.args[0]) == backend
+    testing.check_sample(spec, sample)
 
 
 @each_choice
-def test_frozen_inputs_and_unused_outputs(spec, dtype, backend):
+def test_frozen_inputs_and_unused_outputs(spec, backend, sample):
     def choices(sample):
         names = sample.differentiable
         yield {"wrt": ()}
@@ -71,20 +69,17 @@ def test_frozen_inputs_and_unused_outputs(spec, dtype, backend):
             yield from ({"wrt": tuple(n for n in names if n != frozen)} for frozen in names)
             yield from ({"used": (output,)} for output in spec.outputs)
 
-    with backends.use(backend):
-        testing.check_samples(spec, _samples(spec.name, dtype), choices)
+    testing.check_samples(spec, [sample()], choices)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
-@each_of_ours
-def test_fifty_runs_agree_in_every_bit(spec, backend, dtype):
-    with backends.use(backend):
-        for sample in _samples(spec.name, dtype):
-            first = testing.run(spec.op, spec, sample)
-            for _ in range(49):
-                again = testing.run(spec.op, spec, sample)
-                for name, out in (first.outputs | first.grads).items():
-                    testing.assert_bit_equal((again.outputs | again.grads)[name], out, name=f"{sample.label}: {name}")
+@_each_sample(OURS, (torch.float32, torch.bfloat16))
+def test_fifty_runs_agree_in_every_bit(spec, backend, sample):
+    sample = sample()
+    first = testing.run(spec.op, spec, sample)
+    for _ in range(49):
+        again = testing.run(spec.op, spec, sample)
+        for output, out in (first.outputs | first.grads).items():
+            testing.assert_bit_equal((again.outputs | again.grads)[output], out, name=output)
 
 
 def _in_place(spec, sample, leaves):
@@ -99,46 +94,44 @@ def _in_place(spec, sample, leaves):
     return [out.detach() for out in outputs] + list(grads)
 
 
-@each_of_ours
-def test_calls_can_be_captured_and_never_synchronise(spec, backend):
+@_each_sample([*OURS, *((spec, "torch") for spec in SPECS if spec.name in INSIDE_TORCH)], (torch.bfloat16,))
+def test_calls_can_be_captured_and_never_synchronise(spec, backend, sample):
     """Forward and backward; a bool mask of rows is the one form that synchronises."""
-    with backends.use(backend):
-        for sample in _samples(spec.name, torch.bfloat16):
-            bound = spec.bind(sample)
-            if any(isinstance(value, torch.Tensor) and value.dtype == torch.bool for value in bound.values()):
-                continue
-            leaves = {name: bound[name].detach().requires_grad_() for name in sample.differentiable}
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                expected = [_in_place(spec, sample, leaves) for _ in range(2)][1]  # kernels are compiled before the capture
-                torch.cuda.set_sync_debug_mode("error")
-                try:
-                    _in_place(spec, sample, leaves)
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                captured = _in_place(spec, sample, leaves)
-            for _ in range(2):
-                graph.replay()
-            torch.cuda.synchronize()
-            for got, want in zip(captured, expected, strict=True):
-                testing.assert_bit_equal(got, want, name=f"{spec.name}[{sample.label}]")
+    sample = sample()
+    bound = spec.bind(sample)
+    if any(isinstance(value, torch.Tensor) and value.dtype == torch.bool for value in bound.values()):
+        return
+    leaves = {parameter: bound[parameter].detach().requires_grad_() for parameter in sample.differentiable}
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = [_in_place(spec, sample, leaves) for _ in range(2)][1]  # kernels are compiled before the capture
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            _in_place(spec, sample, leaves)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = _in_place(spec, sample, leaves)
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, expected, strict=True):
+        testing.assert_bit_equal(got, want)
 
 
 @each_of_ours
 def test_compiles_without_a_graph_break(spec, backend):
-    with backends.use(backend):
-        sample = _samples(spec.name, torch.bfloat16)[0]
-        torch._dynamo.reset()
-        eager = testing.run(spec.op, spec, sample)
-        compiled = testing.run(torch.compile(spec.op, fullgraph=True, backend="aot_eager"), spec, sample)
-        for name, out in (eager.outputs | eager.grads).items():
-            testing.assert_bit_equal((compiled.outputs | compiled.grads)[name], out, name=name)
+    sample = _samples(spec.name, torch.bfloat16)[0]
+    torch._dynamo.reset()
+    eager = testing.run(spec.op, spec, sample)
+    compiled = testing.run(torch.compile(spec.op, fullgraph=True, backend="aot_eager"), spec, sample)
+    for output, out in (eager.outputs | eager.grads).items():
+        testing.assert_bit_equal((compiled.outputs | compiled.grads)[output], out, name=output)
 
 
-@each_spec
+@pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_a_default_is_verified_or_inside_torch(spec):
     sample = _samples(spec.name, torch.bfloat16)[0]
     said = backends.explain(spec.name, *sample.args, **sample.kwargs)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longvita_kernels import backends, linear_cross_entropy, masked_lm_head, testing
-from longvita_kernels.ops import _common, _loss_path
+from longvita_kernels import backends, decode_attention, linear_cross_entropy, masked_lm_head, testing
+from longvita_kernels.ops import _cache, _common, _decode_path, _loss_path
 from longvita_kernels.ops import append_kv as append_module
+from longvita_kernels.ops import decode_attention as decode_module
 from longvita_kernels.ops import linear_cross_entropy as loss_module
 from longvita_kernels.ops import masked_lm_head as head_module
 from longvita_kernels.ops import merge_attention as merge_module
@@ -122,11 +123,61 @@ def test_wild_lengths_touch_nothing_outside(table):
     assert cache.any() and not memory[:3].any() and not memory[3 + shape[0] :].any()
 
 
+@pytest.mark.parametrize("options", [{}, {"window_size": (9, 0)}, {"causal": False, "window_size": (5, 3), "softcap": 4.0}], ids=str)
+def test_a_cache_in_steps_of_a_few_keys(options, monkeypatch):
+    """Sequences of 0 to 11 queries, more than there are keys among them: every way to cut them into tiles, and keys into steps."""
+    counts, lengths = (1, 0, 11, 2, 5, 3), (40, 7, 29, 1, 0, 77)
+    q, k, v = torch.randn(sum(counts), 4, 16), torch.randn(6, 80, 2, 16), torch.randn(6, 80, 2, 16)
+    cu = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    arguments, found = (q, k, v, cu, _int32(*lengths)), []
+    with backends.use("reference"):
+        want = decode_attention(*arguments, return_lse=True, **options)
+    for step, fewest in ((1 << 26, 64), (1, 1), (1, 7)):
+        monkeypatch.setattr(_decode_path, "_STEP", (step, step))
+        monkeypatch.setattr(_decode_path, "_FEWEST", fewest)
+        found.append(decode_attention(*arguments, return_lse=True, **options))
+    for got in found:
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_of_keys_takes_the_memory_that_is_said(monkeypatch):
+    """The keys that are read at a time are a fraction of _STEP, and places behind the longest sequence cost nothing."""
+    monkeypatch.setattr(_decode_path, "_STEP", (1 << 16, 1 << 16))
+    q, cache = torch.randn(4, 8, 32), torch.full((4, 2000, 2, 32), float("nan"))
+    cache[:, :500] = torch.randn(4, 500, 2, 32)
+    sizes, take = [], _cache.take
+    monkeypatch.setattr(_cache, "take", lambda *arguments: (sizes.append((out := take(*arguments)).numel()), out)[1])
+    assert decode_attention(q, cache, cache, _int32(*range(5)), _int32(500, 3, 0, 499)).isfinite().all()
+    assert max(sizes) <= (1 << 16) // 4 and sum(sizes) == 2 * 4 * 500 * 2 * 32
+
+
+@pytest.mark.parametrize("table", [None, _int32(0, 2, 99, -1).view(2, 2)], ids=["rows", "paged"])
+def test_wild_lengths_read_nothing_outside(table, monkeypatch):
+    """What is read lies in the cache, which is all ones: so is every row that sees anything."""
+    monkeypatch.setattr(_common, "checks_values", lambda tensor: False)
+    memory = torch.full((10, 4, 1, 16), float("nan"))
+    cache = memory[3 : 5 if table is None else 6].fill_(1.0)
+    for cu in (_int32(0, 2, 5), _int32(0, 10**9, 5), _int32(4, -7, 3), _int32(2**31 - 1, -(2**31), 2**31 - 1)):
+        for lengths in (_int32(-5, 10**9), _int32(3, 9), _int32(-(2**31), 2**31 - 1)):
+            for window in ((-1, -1), (2, 0), (1 << 40, 0)):
+                out, lse = decode_attention(
+                    torch.randn(5, 2, 16), cache, cache, cu, lengths, block_table=table, window_size=window, return_lse=True
+                )
+                assert (((out - 1).abs() < 1e-6) | (out == 0)).all() and not lse.isnan().any()
+
+
 def _implementations():
     """Of each op that promises not to synchronise: what runs below its dispatcher."""
     cu, lengths = _int32(0, 3, 5), _int32(1, 0)
     k, cache = torch.randn(5, 2, 16), torch.zeros(2, 8, 2, 16)
     yield "append_kv", lambda: append_module._append_impl(k, k, cache, cache.clone(), cu, lengths, None, None, None)
+    codes, scale, table = cache.to(torch.int8), torch.ones(2, 8, 2), _int32(0, 0, 1, 1).view(2, 2)
+    q, found = torch.randn(5, 4, 16), (cu, lengths + cu.diff())
+    yield "decode_attention", lambda: decode_module._decode_impl(q, cache, cache, *found, None, None, None, True, -1, -1, 0.0, 0.2)
+    yield "decode_attention, paged int8", lambda: decode_module._decode_impl(
+        q, codes, codes, *found, table, scale, scale, False, 3, 1, 2.0, 0.2
+    )
     out, lse = torch.randn(7, 2, 16), torch.randn(2, 7)
     yield "merge_attention", lambda: merge_module._forward_impl(out, lse, out, lse)
     yield "merge_attention_backward", lambda: merge_module._backward_impl(out, lse, out, lse, out, lse, [True] * 4)

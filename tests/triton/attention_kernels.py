@@ -16,25 +16,9 @@ from longvita_kernels.ring.programs import Call
 from longvita_kernels.spec import SampleInput, all_specs
 from longvita_kernels.triton import _launch
 from longvita_kernels.triton import varlen_attention as kernels
-
-assert _launch.INTERPRETED, "set TRITON_INTERPRET=1 before pytest starts"
+from tests.triton.support import DTYPES, check, on_triton  # noqa: F401  (a fixture)
 
 OPS = ("append_kv", "decode_attention", "merge_attention", "varlen_attention")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    torch.set_num_threads(1)
-    with backends.use("triton"):
-        yield
-
-
-def _check(name, dtype, choices):
-    spec = all_specs()[name]
-    samples = list(spec.samples(dtype, "cpu", 0))
-    assert all(backends.choose(name, sample.args[0]) == "triton" for sample in samples)
-    testing.check_samples(spec, samples, choices)
 
 
 def _offsets(*lengths):
@@ -44,7 +28,7 @@ def _offsets(*lengths):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_forward_and_gradients_are_accurate(name, dtype):
-    _check(name, dtype, lambda sample: [{}])
+    check(name, dtype, lambda sample: [{}])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,7 +40,7 @@ def test_frozen_inputs_and_unused_outputs(name, dtype):
         yield from ({"wrt": tuple(n for n in names if n != frozen)} for frozen in names)
         yield from ({"used": (output,)} for output in all_specs()[name].outputs)
 
-    _check(name, dtype, choices)
+    check(name, dtype, choices)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- varlen

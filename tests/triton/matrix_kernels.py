@@ -7,36 +7,20 @@ because a kernel is made for the interpreter or for a GPU when it is defined:
 import pytest
 import torch
 
-from longvita_kernels import backends, linear_cross_entropy, masked_lm_head, pixel_shuffle_projection, testing
+from longvita_kernels import linear_cross_entropy, masked_lm_head, pixel_shuffle_projection, testing
 from longvita_kernels.spec import SampleInput, all_specs
-from longvita_kernels.triton import _launch, _matmul
+from longvita_kernels.triton import _matmul
 from longvita_kernels.triton import linear_cross_entropy as cross_entropy_kernels
 from longvita_kernels.triton import masked_lm_head as head_kernels
-
-assert _launch.INTERPRETED, "set TRITON_INTERPRET=1 before pytest starts"
+from tests.triton.support import DTYPES, check, on_triton  # noqa: F401  (a fixture)
 
 OPS = ("linear_cross_entropy", "masked_lm_head", "pixel_shuffle_projection")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    torch.set_num_threads(1)
-    with backends.use("triton"):
-        yield
-
-
-def _check(name, dtype, choices):
-    spec = all_specs()[name]
-    samples = list(spec.samples(dtype, "cpu", 0))
-    assert all(backends.choose(name, sample.args[0]) == "triton" for sample in samples)
-    testing.check_samples(spec, samples, choices)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_forward_and_gradients_are_accurate(name, dtype):
-    _check(name, dtype, lambda sample: [{}])
+    check(name, dtype, lambda sample: [{}])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,7 +30,7 @@ def test_forward_alone_and_each_input_frozen_in_turn(name, dtype):
         names = sample.differentiable
         return [{"wrt": ()}, *({"wrt": tuple(n for n in names if n != frozen)} for frozen in names)]
 
-    _check(name, dtype, choices)
+    check(name, dtype, choices)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- masked_lm_head

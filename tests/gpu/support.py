@@ -1,0 +1,20 @@
+"""What GPU tests share."""
+
+import itertools
+
+import pytest
+import torch
+
+
+def name(value):
+    """How a parameter is called in a test's name."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else getattr(value, "name", None)
+
+
+def offsets(*lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+
+def on(spec, *backends):
+    """Runs a test for an op on these backends: its arguments `spec` and `backend`."""
+    return pytest.mark.parametrize(("spec", "backend"), [(spec, backend) for backend in backends], ids=name)
