@@ -1,6 +1,6 @@
 // The backward kernels of packed attention for sm_90a: row statistics, then dk and dv by tiles of keys, and dq in one of two ways.
-//     two passes   dq by tiles of queries, in a kernel of its own. Every gradient element is made by one warpgroup; dS goes from one product
-//                  to the next in registers. S and dP are computed twice: seven products
+//     two passes   dq by tiles of queries, in a kernel of its own. Every gradient element is made by one warpgroup, dS goes from one
+//                  product to the next in registers, S and dP are computed twice: seven products
 //     single pass  five products: dS goes through shared memory as well, and dq is summed in global memory (attention_single_pass.cuh)
 // Everything is added in a fixed order, and bits depend on nothing but the element's own document.
 //

@@ -1,13 +1,13 @@
 // dq in the same pass as dk and dv: what the kernel over tiles of keys does besides (attention_backward.cuh).
 //
-// dS of both warpgroups meets in shared memory, as 128 keys × 64 queries. dq (64, D) = dS · k is made by both, half of the columns each, one
-// step behind dk and dv: a warpgroup never waits for the dS that the other one is at, so that exponentials of one run beside products of the
-// other. Its accumulators go as they lie to float32 sums in global memory, added by the copy engine; sums_kernel makes dq of the sums.
+// dS of both warpgroups meets in shared memory, as 128 keys × 64 queries. dq (64, D) = dS · k is made by both, half of the columns each,
+// one step behind dk and dv: a warpgroup does not wait for the dS that the other one is at, so exponentials of one run beside products of
+// the other. Its accumulators go as they lie to float32 sums in global memory, added by the copy engine; sums_kernel makes dq of the sums.
 //
-// Order. Tiles of a document and KV head add to a block of queries in the order of their keys, so bits do not depend on who is faster. They
-// are taken in that order too (schedule_kernel, `ascending`): a tile waits only for tiles that were taken before it, of all unfinished tiles
-// the one taken first waits for nobody, so there is always one that goes on. Both ends of what a tile sees rise along a document, so the
-// tiles that see a block are neighbours, and a tile's turn is its distance from the first of them.
+// Order. Tiles of a document and KV head add to a block of queries in the order of their keys, so bits do not depend on who is faster.
+// They are taken in that order too (schedule_kernel, `ascending`), so a tile waits only for tiles that were taken before it; of all
+// unfinished tiles the one taken first waits for nobody, so there is always one that goes on. Both ends of what a tile sees rise along a
+// document, so the tiles that see a block are neighbours, and a tile's turn is its distance from the first of them.
 // All go through their blocks from the last to the first: tiles of one document that begin together, as with a causal mask, then follow
 // each other by one addition; the other way a tile would wait until those before it have come to its diagonal.
 #pragma once
@@ -45,8 +45,7 @@ template <int D> LV_DEVICE void single_pass_init(SinglePass<D>& s) {
 // ------------------------------------------------------------------------------------------------- in the warpgroups that multiply
 // `step` counts all steps of the block, so it says which buffer and which phase.
 
-// A warp's 16 keys × 64 queries of dS, packed accumulators. The eight rows that one matrix has are at eight places of a swizzled unit: no two
-// meet in a bank.
+// A warp's 16 keys × 64 queries of dS, packed accumulators. The eight rows of a matrix are swizzled to eight places: no two meet in a bank.
 template <int D> LV_DEVICE void put_slopes(SinglePass<D>& s, int step, const uint32_t (&packed)[kStatsRows / 4], int half) {
   const int row = half * 64 + thread() / 32 % 4 * 16 + lane() % 16;
   barrier_wait(s.slopes_empty[step & 1], (step >> 1 & 1) ^ 1);
@@ -142,7 +141,8 @@ template <class T, int D> LV_KERNEL(kSumsThreads) sums_kernel(LV_PARAMETERS(Sums
   LV_UNROLL
   for (int j = 0; j < D / 16; ++j) {
     const Word4 x = seen ? global_load(from + j * 128) : Word4{0, 0, 0, 0};
-    dq[4 * j] = float_of_bits(x.x), dq[4 * j + 1] = float_of_bits(x.y), dq[4 * j + 2] = float_of_bits(x.z), dq[4 * j + 3] = float_of_bits(x.w);
+    dq[4 * j] = float_of_bits(x.x), dq[4 * j + 1] = float_of_bits(x.y);
+    dq[4 * j + 2] = float_of_bits(x.z), dq[4 * j + 3] = float_of_bits(x.w);
   }
   const float scale[2] = {p.scale, p.scale};
   Target to = p.target;

@@ -210,7 +210,8 @@ template <bool ENDS = false> LV_DEVICE Span seen_by_all(const Tile& t, const Doc
 }
 
 // Scores of columns from … from + N − 1 that a row does not see become −∞.
-template <int N, bool ENDS = false> LV_DEVICE void mask_scores(float (&scores)[N / 2], int from, const Tile& t, const Documents& d, int half) {
+template <int N, bool ENDS = false>
+LV_DEVICE void mask_scores(float (&scores)[N / 2], int from, const Tile& t, const Documents& d, int half) {
   const int row = row_of_thread(t, half), column = from + lane() % 4 * 2;
   LV_UNROLL
   for (int h = 0; h < 2; ++h) {

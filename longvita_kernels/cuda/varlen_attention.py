@@ -10,7 +10,7 @@ from longvita_kernels.cuda import native_cuda
 from longvita_kernels.ops import _common
 
 # The backward makes dq in the same pass as dk and dv (five products instead of seven) where its float32 sums of dq, and all other scratch,
-# take no more than this. 131,072 tokens of 40 heads of 128 take 2.5 GiB, a million 20 GiB.
+# take no more than this: 131,072 tokens of 40 heads of 128 take 2.5 GiB, a million 20 GiB. 0: never. The two ways round differently.
 SINGLE_PASS_BYTES = 4 << 30
 
 
@@ -34,7 +34,9 @@ def forward(q, k, v, cu_q, cu_k, scale, left, right, softcap, *, out=None):
     return out, lse, rest
 
 
-def backward(grad_out, grad_lse, q, k, v, out, lse, rest, cu_q, cu_k, scale, left, right, softcap, dq, dk, dv, *, add=False, single_pass=None):
+def backward(
+    grad_out, grad_lse, q, k, v, out, lse, rest, cu_q, cu_k, scale, left, right, softcap, dq, dk, dv, *, add=False, single_pass=None
+):
     """Write the gradients into dq, dk and dv, dense, all in q's dtype or in float32, or None where not needed; `add`: onto what is there.
 
     out, lse    of the whole attention, also where k and v are a part of the keys. rest has the strides of lse

@@ -350,7 +350,9 @@ MUTANTS = {
         "warp_sync();\n  if (lane() == 0) barrier_arrive(s.sums_full", "without an async_fence",
     ),
     "sums are overwritten": (SINGLE, "barrier_wait(s.sums_empty[half], (step & 1) ^ 1);", "", "that a store has not read yet"),
-    "sums are not waited for": (SINGLE, "barrier_wait(s.sums_full[half], step & 1);", "", "without an async_fence|has not read yet"),
+    "what is added is not waited for": (
+        SINGLE, "barrier_wait(s.sums_full[half], step & 1);", "", "without an async_fence|has not read yet",
+    ),
     "sums are given back before they are read": (SINGLE, SEND, "stores_commit();\n        ", "that a store has not read yet"),
     "a turn is not waited for": (SINGLE, "wait_at_least(sums.turns + at, before);", "", "out of turn|under way"),
     "a turn is given away before its sums are added": (SINGLE, "stores_wait();", "", "out of turn|under way"),

@@ -11,6 +11,7 @@ import torch
 
 from longvita_kernels import backends, masked_lm_head, merge_attention, testing, varlen_attention
 from longvita_kernels.cuda import native_cuda
+from longvita_kernels.cuda import varlen_attention as attention
 from longvita_kernels.ops import _varlen_paths
 from longvita_kernels.ops.varlen_attention import SPEC
 from longvita_kernels.spec import SampleInput
@@ -96,6 +97,11 @@ needs_hopper = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(params=(0, 1 << 60), ids=("two passes", "single pass"))
+def either_backward(request, monkeypatch):
+    monkeypatch.setattr(attention, "SINGLE_PASS_BYTES", request.param)
+
+
 def _offsets(*lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
 
@@ -106,6 +112,7 @@ def _attention(lengths, heads=(4, 2), dim=128, dtype=torch.bfloat16, **options):
 
 
 @needs_hopper
+@pytest.mark.usefixtures("either_backward")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -118,6 +125,7 @@ def test_packed_documents_of_every_length(options, dim, dtype, heads):
 
 
 @needs_hopper
+@pytest.mark.usefixtures("either_backward")
 def test_attention_runs_agree_in_every_bit_and_another_document_changes_none():
     sample = _attention(LENGTHS)
     first = testing.run(SPEC.op, SPEC, sample)
@@ -133,6 +141,7 @@ def test_attention_runs_agree_in_every_bit_and_another_document_changes_none():
 
 
 @needs_hopper
+@pytest.mark.usefixtures("either_backward")
 def test_a_long_document_against_plain_products():
     tokens = 16384
     q, k, v, cu = _attention((tokens,), heads=(5, 1)).args
@@ -148,6 +157,7 @@ def test_a_long_document_against_plain_products():
 
 
 @needs_hopper
+@pytest.mark.usefixtures("either_backward")
 def test_attention_can_be_captured_and_never_synchronises():
     sample = _attention((300, 0, 129))
     q, k, v, cu = sample.args
@@ -175,6 +185,7 @@ def test_attention_can_be_captured_and_never_synchronises():
 
 
 @needs_hopper
+@pytest.mark.usefixtures("either_backward")
 def test_attention_past_two_to_the_31():
     """q alone has 2.3e9 elements; another document changes no bit, so the last ones must be what they are alone."""
     heads, dim, length, documents = 17, 128, 512, 2048
@@ -194,6 +205,7 @@ def test_attention_past_two_to_the_31():
 
 
 @needs_hopper
+@pytest.mark.usefixtures("either_backward")
 def test_wild_offsets_end_in_numbers_not_in_a_fault():
     q, k, v, _ = _attention((500,)).args
     for wild in ((0, 10**9, -5, 7), (-(10**9), 3, 2, 2**31 - 1), (500, 20, 10, 0)):
