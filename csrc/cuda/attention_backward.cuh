@@ -185,7 +185,8 @@ template <class T, int D, bool SINGLE> LV_DEVICE void keys_multiply(const Backwa
       barrier_wait(s.mine_full, mine_parity);
       mine_parity ^= 1;
       int from = (tile.begin + tile.count - 1) * N, member = 0;
-      for (const int first = step, end = step + tile.count * p.group; step < end; ++step) {
+      bool behind = false;      // there is a step before this one
+      for (int left = tile.count * p.group; left > 0; --left, ++step) {
         const int stage = ring.stage, column = lane() % 4 * 2;
         barrier_wait(s.full[stage], ring.parity);
         multiply_rows<T, N>(weights, s.mine[0], half * 64, s.theirs[stage][0]);
@@ -208,9 +209,10 @@ template <class T, int D, bool SINGLE> LV_DEVICE void keys_multiply(const Backwa
         }
         pack_all<T>(slopes, packed_slopes);
         if constexpr (SINGLE) put_slopes(s.single, step, packed_slopes, half);
-        if (SINGLE && step > first) {
+        if (SINGLE && behind) {
           if constexpr (SINGLE) {
-            float dq[D / 4];
+            // In the registers that P had: to an array of its own ptxas gives others, finds too few and serialises all products (C7512).
+            float (&dq)[D / 4] = reinterpret_cast<float (&)[D / 4]>(weights);
             multiply_slopes<T>(dq, s.single, step - 1, s.mine[0], half);
             add_keys<T>(dk, dv, packed_slopes, packed_weights, s.theirs[stage]);
             multiply_wait<2>();
@@ -223,6 +225,7 @@ template <class T, int D, bool SINGLE> LV_DEVICE void keys_multiply(const Backwa
         if (lane() == 0) barrier_arrive(s.empty[stage]);
         ring.advance();
         if (++member == p.group) member = 0, from -= N;
+        behind = true;
       }
       if constexpr (SINGLE) {
         float dq[D / 4];
@@ -302,7 +305,7 @@ template <class T, int D, bool SINGLE> LV_KERNEL(kThreads) keys_kernel(LV_PARAME
     }
   } else {
     registers_take<232>();
-    keys_multiply<T, D, SINGLE>(p, s, thread() / 128 - 1);
+    keys_multiply<T, D, SINGLE>(p, s, shuffle(thread() / 128 - 1, 0));      // so that ptxas knows: the same in all of a warp
   }
 }
 
