@@ -87,6 +87,7 @@ template <int D, int BLOCK_, int STAGES_, bool SINGLE_ = false> struct BackwardS
   std::conditional_t<SINGLE, SinglePass<D>, NoSinglePass> single;
   alignas(16) float lse2[STAGES][kStatsRows], delta[STAGES][kStatsRows];        // of the block's queries, where the blocks are of queries
   TileQueue queue;
+  SinglePassBarriers handing_over;
   Barrier mine_full, mine_empty, full[STAGES], empty[STAGES], tail;
 };
 template <int D, bool SINGLE> using KeysShared = BackwardShared<D, kStatsRows, 3, SINGLE>;
@@ -96,7 +97,7 @@ static_assert(sizeof(KeysShared<128, true>) <= 227 << 10, "a block has 227 KiB o
 template <class Shared> LV_DEVICE void backward_init(Shared& s) {
   if (thread() == 0) {
     queue_init(s.queue, kConsumerWarps + (Shared::SINGLE ? kAddingWarps : 0));
-    if constexpr (Shared::SINGLE) single_pass_init(s.single);
+    if constexpr (Shared::SINGLE) single_pass_init(s.handing_over);
     barrier_init(s.mine_full, 1), barrier_init(s.mine_empty, kConsumerWarps), barrier_init(s.tail, 1);
     for (int i = 0; i < Shared::STAGES; ++i) barrier_init(s.full[i], 1), barrier_init(s.empty[i], kConsumerWarps);
     barriers_ready();
@@ -208,15 +209,15 @@ template <class T, int D, bool SINGLE> LV_DEVICE void keys_multiply(const Backwa
           for (int e = 0; e < 4; ++e) slopes[4 * j + e] = weights[4 * j + e] * (slopes[4 * j + e] - (e % 2 ? delta.y : delta.x));
         }
         pack_all<T>(slopes, packed_slopes);
-        if constexpr (SINGLE) put_slopes(s.single, step, packed_slopes, half);
+        if constexpr (SINGLE) put_slopes(s.single, s.handing_over, step, packed_slopes, half);
         if (SINGLE && behind) {
           if constexpr (SINGLE) {
             // In the registers that P had: to an array of its own ptxas gives others, finds too few and serialises all products (C7512).
             float (&dq)[D / 4] = reinterpret_cast<float (&)[D / 4]>(weights);
-            multiply_slopes<T>(dq, s.single, step - 1, s.mine[0], half);
+            multiply_slopes<T>(dq, s.single, s.handing_over, step - 1, s.mine[0], half);
             add_keys<T>(dk, dv, packed_slopes, packed_weights, s.theirs[stage]);
             multiply_wait<2>();
-            put_sums(s.single, step - 1, dq, half);
+            put_sums(s.single, s.handing_over, step - 1, dq, half);
           }
         } else {
           add_keys<T>(dk, dv, packed_slopes, packed_weights, s.theirs[stage]);
@@ -229,9 +230,9 @@ template <class T, int D, bool SINGLE> LV_DEVICE void keys_multiply(const Backwa
       }
       if constexpr (SINGLE) {
         float dq[D / 4];
-        multiply_slopes<T>(dq, s.single, step - 1, s.mine[0], half);
+        multiply_slopes<T>(dq, s.single, s.handing_over, step - 1, s.mine[0], half);
         multiply_wait<0>();
-        put_sums(s.single, step - 1, dq, half);
+        put_sums(s.single, s.handing_over, step - 1, dq, half);
       }
       if (lane() == 0) barrier_arrive(s.mine_empty);
     }
@@ -301,7 +302,7 @@ template <class T, int D, bool SINGLE> LV_KERNEL(kThreads) keys_kernel(LV_PARAME
     if (thread() < 32) backward_load<true, D>(p, s);
     if constexpr (SINGLE) {
       const int adds = thread() / 32 - 1;
-      if (adds >= 0 && adds < kAddingWarps) add_sums(s.single, s.queue, p.sums, p.documents, p.group, adds);
+      if (adds >= 0 && adds < kAddingWarps) add_sums(s.single, s.handing_over, s.queue, p.sums, p.documents, p.group, adds);
     }
   } else {
     registers_take<232>();

@@ -31,14 +31,14 @@ LV_DEVICE int64_t share_at(const Sums& s, int head, int slot, int half) { return
 template <int D> struct SinglePass {
   Panel<kTile, kStatsRows> slopes[2];
   float sums[2][kShare<D>];
-  Barrier slopes_full[2], slopes_empty[2], sums_full[2], sums_empty[2];
 };
+struct SinglePassBarriers { Barrier slopes_full[2], slopes_empty[2], sums_full[2], sums_empty[2]; };
 constexpr int kAddingWarps = 2;
 
-template <int D> LV_DEVICE void single_pass_init(SinglePass<D>& s) {
+LV_DEVICE void single_pass_init(SinglePassBarriers& b) {
   for (int i = 0; i < 2; ++i) {
-    barrier_init(s.slopes_full[i], kConsumerWarps), barrier_init(s.slopes_empty[i], kConsumerWarps);
-    barrier_init(s.sums_full[i], kConsumerWarps / 2), barrier_init(s.sums_empty[i], 1);
+    barrier_init(b.slopes_full[i], kConsumerWarps), barrier_init(b.slopes_empty[i], kConsumerWarps);
+    barrier_init(b.sums_full[i], kConsumerWarps / 2), barrier_init(b.sums_empty[i], 1);
   }
 }
 
@@ -46,30 +46,31 @@ template <int D> LV_DEVICE void single_pass_init(SinglePass<D>& s) {
 // `step` counts all steps of the block, so it says which buffer and which phase.
 
 // A warp's 16 keys × 64 queries of dS, packed accumulators. The eight rows of a matrix are swizzled to eight places: no two meet in a bank.
-template <int D> LV_DEVICE void put_slopes(SinglePass<D>& s, int step, const uint32_t (&packed)[kStatsRows / 4], int half) {
+template <int D>
+LV_DEVICE void put_slopes(SinglePass<D>& s, SinglePassBarriers& b, int step, const uint32_t (&packed)[kStatsRows / 4], int half) {
   const int row = half * 64 + thread() / 32 % 4 * 16 + lane() % 16;
-  barrier_wait(s.slopes_empty[step & 1], (step >> 1 & 1) ^ 1);
+  barrier_wait(b.slopes_empty[step & 1], (step >> 1 & 1) ^ 1);
   LV_UNROLL
   for (int j = 0; j < kStatsRows / 8; j += 2) {
     store_matrices(&s.slopes[step & 1].half[0][row][((j + lane() / 16) ^ lane() % 8) * 8], &packed[2 * j]);
   }
   async_fence();
   warp_sync();
-  if (lane() == 0) barrier_arrive(s.slopes_full[step & 1]);
+  if (lane() == 0) barrier_arrive(b.slopes_full[step & 1]);
 }
 
 // One batch, not waited for.
 template <class T, int D>
-LV_DEVICE void multiply_slopes(float (&dq)[D / 4], SinglePass<D>& s, int step, const Panel<kTile, D>& keys, int half) {
-  barrier_wait(s.slopes_full[step & 1], step >> 1 & 1);
+LV_DEVICE void multiply_slopes(float (&dq)[D / 4], SinglePass<D>& s, SinglePassBarriers& b, int step, const Panel<kTile, D>& keys, int half) {
+  barrier_wait(b.slopes_full[step & 1], step >> 1 & 1);
   multiply_columns<T, D / 2>(dq, s.slopes[step & 1], keys, half * (D / 2));
 }
 
 // When that batch is done. Neighbours in a warp write 16 bytes beside each other.
-template <int D> LV_DEVICE void put_sums(SinglePass<D>& s, int step, const float (&dq)[D / 4], int half) {
-  if (lane() == 0) barrier_arrive(s.slopes_empty[step & 1]);
+template <int D> LV_DEVICE void put_sums(SinglePass<D>& s, SinglePassBarriers& b, int step, const float (&dq)[D / 4], int half) {
+  if (lane() == 0) barrier_arrive(b.slopes_empty[step & 1]);
   Word4* at = reinterpret_cast<Word4*>(s.sums[half]) + thread() % 128;
-  barrier_wait(s.sums_empty[half], (step & 1) ^ 1);
+  barrier_wait(b.sums_empty[half], (step & 1) ^ 1);
   LV_UNROLL
   for (int j = 0; j < D / 16; ++j) {
     const float* x = &dq[4 * j];
@@ -77,13 +78,14 @@ template <int D> LV_DEVICE void put_sums(SinglePass<D>& s, int step, const float
   }
   async_fence();
   warp_sync();
-  if (lane() == 0) barrier_arrive(s.sums_full[half]);
+  if (lane() == 0) barrier_arrive(b.sums_full[half]);
 }
 
 // --------------------------------------------------------------------------------------------------------------- in a warp beside them
 
 // The warp that adds what one warpgroup makes; it does not hold up the other one's.
-template <int D> LV_DEVICE void add_sums(SinglePass<D>& s, TileQueue& queue, const Sums& sums, const Documents& d, int group, int half) {
+template <int D>
+LV_DEVICE void add_sums(SinglePass<D>& s, SinglePassBarriers& b, TileQueue& queue, const Sums& sums, const Documents& d, int group, int half) {
   constexpr int kBytes = kShare<D> * int(sizeof(float));
   int step = 0;
   for (int turn = 0;; ++turn) {
@@ -99,12 +101,12 @@ template <int D> LV_DEVICE void add_sums(SinglePass<D>& s, TileQueue& queue, con
         float* to = sums.data + at * kShare<D>;
         wait_at_least(sums.turns + at, before);
         global_fence();
-        barrier_wait(s.sums_full[half], step & 1);
+        barrier_wait(b.sums_full[half], step & 1);
         if (before == 0) store_bytes(to, s.sums[half], kBytes);         // what was there is nobody's
         else add_floats(to, s.sums[half], kBytes);
         stores_commit();
         stores_read();
-        barrier_arrive(s.sums_empty[half]);
+        barrier_arrive(b.sums_empty[half]);
         stores_wait();
         raise(sums.turns + at);
       }
