@@ -61,7 +61,8 @@ LV_DEVICE void put_slopes(SinglePass<D>& s, SinglePassBarriers& b, int step, con
 
 // One batch, not waited for.
 template <class T, int D>
-LV_DEVICE void multiply_slopes(float (&dq)[D / 4], SinglePass<D>& s, SinglePassBarriers& b, int step, const Panel<kTile, D>& keys, int half) {
+LV_DEVICE void multiply_slopes(float (&dq)[D / 4], SinglePass<D>& s, SinglePassBarriers& b, int step, const Panel<kTile, D>& keys,
+                               int half) {
   barrier_wait(b.slopes_full[step & 1], step >> 1 & 1);
   multiply_columns<T, D / 2>(dq, s.slopes[step & 1], keys, half * (D / 2));
 }
@@ -85,7 +86,8 @@ template <int D> LV_DEVICE void put_sums(SinglePass<D>& s, SinglePassBarriers& b
 
 // The warp that adds what one warpgroup makes; it does not hold up the other one's.
 template <int D>
-LV_DEVICE void add_sums(SinglePass<D>& s, SinglePassBarriers& b, TileQueue& queue, const Sums& sums, const Documents& d, int group, int half) {
+LV_DEVICE void add_sums(SinglePass<D>& s, SinglePassBarriers& b, TileQueue& queue, const Sums& sums, const Documents& d, int group,
+                        int half) {
   constexpr int kBytes = kShare<D> * int(sizeof(float));
   int step = 0;
   for (int turn = 0;; ++turn) {

@@ -336,15 +336,15 @@ MUTANTS = {
     "a barrier expects too little": (BACKWARD, "kBytes + 2 * kStats", "kBytes + kStats", "on its way"),
     "a stage is given back too early": (BACKWARD, "multiply_wait<0>();     // meanwhile", "// meanwhile", "on its way|changed"),
     "g·v is not waited for": (BACKWARD, f"multiply_wait<0>();{EACH}e", f"{EACH}e", "changed while a wgmma"),
-    "rows beyond a document stay": (BACKWARD, "clear_rows(panels[j], rows);", "{}", WRONG),
+    "rows beyond a document stay": (BACKWARD, "clear_rows(panels[j], rows);", "clear_rows(panels[j], larger(rows, ROWS));", WRONG),
     "keys beyond a document stay": (BACKWARD, "Shared::SINGLE && tile.rows - tile.first < kTile;", "false;", WRONG),
     "dS is overwritten while it is read": (SINGLE, "barrier_wait(b.slopes_empty[step & 1], (step >> 1 & 1) ^ 1);", "", WRONG),
-    "dS is not waited for": (SINGLE, "barrier_wait(b.slopes_full[step & 1], step >> 1 & 1);", "", "without an async_fence"),
+    "dS is not waited for": (SINGLE, "barrier_wait(b.slopes_full[step & 1], step >> 1 & 1);", "(void)b;", "without an async_fence"),
     "dS that products do not see": (
         SINGLE, "async_fence();\n  warp_sync();\n  if (lane() == 0) barrier_arrive(b.slopes_full",
         "warp_sync();\n  if (lane() == 0) barrier_arrive(b.slopes_full", "without an async_fence",
     ),
-    "dS is given back while it is read": (BACKWARD, "            multiply_wait<2>();\n", "", "changed while a wgmma"),
+    "dq is not waited for": (BACKWARD, "            multiply_wait<2>();\n", "", WRONG),
     "sums that copies do not see": (
         SINGLE, "async_fence();\n  warp_sync();\n  if (lane() == 0) barrier_arrive(b.sums_full",
         "warp_sync();\n  if (lane() == 0) barrier_arrive(b.sums_full", "without an async_fence",
@@ -361,9 +361,9 @@ MUTANTS = {
     "turns begin at the lowest keys of all": (SINGLE, "int before = tile.first / kTile - int(sees / kTile);",
                                               "int before = tile.first / kTile + 0 * int(sees);", "deadlock"),
     "the first adds as well": (SINGLE, "if (before == 0)", "if (before < 0)", WRONG),
-    "turns are not set to nothing": (BACKWARD, "if (p.sums.turns && thread() < 2)", "if (false)", "out of turn|under way"),
+    "turns are not set to nothing": (BACKWARD, "if (p.sums.turns && thread() < 2)", "if (false)", "deadlock"),
 }  # fmt: skip
-TWO_PASSES = ("rows beyond a document stay",)
+TWO_PASSES = ("g·v is not waited for", "rows beyond a document stay")
 WINDOW = ("turns begin at the lowest keys of all",)
 
 

@@ -1,8 +1,8 @@
 // A machine for kernels on a CPU: the threads of its blocks are fibers of one thread, which run until they must wait.
 //
 // It is strict where hardware is silent. Everything asynchronous happens as late as it may: a copy arrives when nobody can go on without
-// it, a wgmma reads its operands when somebody waits for it, a store its source likewise (stores.h). What nobody may touch meanwhile is NaN:
-// shared memory that was never written or is being copied to, accumulators of a wgmma under way. A kernel that breaks a rule ends with an
+// it, a wgmma reads its operands when somebody waits for it, a store its source likewise (stores.h). What nobody may touch meanwhile is
+// NaN: shared memory that was never written or is being copied to, accumulators of a wgmma under way. A kernel that breaks a rule ends with an
 // Error that says which thread broke which rule; a kernel in which all wait ends with what each waits for. With a seed, threads and copies
 // run in another order.
 #pragma once
