@@ -41,7 +41,8 @@ struct AttentionBackward {
   int64_t lse_stride_head = 0, lse_stride_token = 0, grad_lse_stride_head = 0, grad_lse_stride_token = 0;
   Rows3 grad_q, grad_k, grad_v;         // element type p.result; data null: not wanted
   bool add = false;                     // on top of what the gradients hold
-  void* scratch = nullptr;              // attention_scratch(p, true) bytes, 16-byte aligned
+  bool single_pass = true;              // dq in the same pass as dk and dv where all are wanted: fewer products, float32 sums in scratch
+  void* scratch = nullptr;              // attention_scratch(p, true, single_pass) bytes, 16-byte aligned
   int64_t scratch_bytes = 0;
 };
 
@@ -51,7 +52,7 @@ std::string attention_cannot(const AttentionProblem& p);
 std::string attention_cannot(const AttentionBackward& b);
 
 // Bytes of scratch that a call needs; its contents need not be set.
-int64_t attention_scratch(const AttentionProblem& p, bool backward);
+int64_t attention_scratch(const AttentionProblem& p, bool backward, bool single_pass = false);
 
 // Launch on the current device and a stream (a cudaStream_t). std::invalid_argument for arguments that do not fit or for what
 // attention_cannot names; std::runtime_error with CUDA's words if a launch fails.

@@ -28,8 +28,12 @@ RowsParameters rows_parameters(const AttentionBackward& b, const BackwardScratch
   r.lse = b.lse, r.lse_rest = b.lse_rest, r.lse_head = b.lse_stride_head, r.lse_token = b.lse_stride_token;
   r.grad_lse = b.grad_lse, r.grad_lse_head = b.grad_lse_stride_head, r.grad_lse_token = b.grad_lse_stride_token;
   r.documents = queries_over_keys(b.p), r.lse2 = scratch.lse2, r.delta = scratch.delta;
-  r.padded = stats_rows(b.p), r.heads = int(b.p.q.heads);
+  r.padded = stats_rows(b.p), r.sums = scratch.sums, r.heads = int(b.p.q.heads);
   return r;
+}
+
+SumsParameters sums_parameters(const AttentionBackward& b, const BackwardScratch& scratch) {
+  return {scratch.sums, queries_over_keys(b.p), target(b.grad_q, b.p), int(b.p.q.heads), float(b.p.scale), b.add};
 }
 
 }  // namespace
@@ -49,8 +53,10 @@ void attention_backward(const AttentionBackward& b, void* stream) {
   check_can(attention_cannot(b));
   check_backward(b);
   if (p.docs == 0) return;
+  const bool want_keys = p.k.tokens > 0 && (b.grad_k.data || b.grad_v.data), want_queries = p.q.tokens > 0 && b.grad_q.data;
+  const bool single = b.single_pass && want_keys && want_queries;
   Scratch memory(b.scratch, b.scratch_bytes);
-  const BackwardScratch scratch = take_backward(memory, p);
+  const BackwardScratch scratch = take_backward(memory, p, single);
   BackwardParameters queries{};
   queries.documents = queries_over_keys(p), queries.schedule = scratch.queries;
   queries.lse2 = scratch.lse2, queries.delta = scratch.delta, queries.padded = stats_rows(p);
@@ -66,20 +72,21 @@ void attention_backward(const AttentionBackward& b, void* stream) {
   const Documents& d = queries.documents;
   keys.documents = {d.cu_columns, d.cu_rows, d.docs, d.columns, d.rows, d.right, d.left}, keys.schedule = scratch.keys;
   for (int i = 0; i < 2; ++i) keys.mine[i] = queries.theirs[i], keys.theirs[i] = queries.mine[i];
-  keys.heads = int(p.k.heads);
+  keys.heads = int(p.k.heads), keys.sums = scratch.sums;
   keys.target[0] = target(b.grad_k, p), keys.target[1] = target(b.grad_v, p), queries.target[0] = target(b.grad_q, p);
-  const bool want_keys = p.k.tokens > 0 && (b.grad_k.data || b.grad_v.data), want_queries = p.q.tokens > 0 && b.grad_q.data;
   with_types(p, [&](auto element, auto dim) {
     using T = decltype(element);
     constexpr int D = dim();
-    if (p.q.tokens > 0) {
-      launch(rows_kernel<T, D>, rows_parameters(b, scratch), stats_rows(p) / kStatsRows * p.q.heads, kRowsThreads, 0, stream);
-    }
+    const int64_t slots = stats_rows(p) / kStatsRows * p.q.heads;
+    if (p.q.tokens > 0) launch(rows_kernel<T, D>, rows_parameters(b, scratch), slots, kRowsThreads, 0, stream);
     if (want_keys) {
-      const int64_t blocks = run_schedule(keys.documents, keys.schedule, keys.heads, stream);
-      launch(keys_kernel<T, D>, keys, blocks, kThreads, sizeof(KeysShared<D>), stream);
+      const int64_t blocks = run_schedule(keys.documents, keys.schedule, keys.heads, stream, single);
+      if (single) launch(keys_kernel<T, D, true>, keys, blocks, kThreads, sizeof(KeysShared<D, true>), stream);
+      else launch(keys_kernel<T, D, false>, keys, blocks, kThreads, sizeof(KeysShared<D, false>), stream);
     }
-    if (want_queries) {
+    if (single) {
+      launch(sums_kernel<T, D>, sums_parameters(b, scratch), slots, kSumsThreads, 0, stream);
+    } else if (want_queries) {
       const int64_t blocks = run_schedule(queries.documents, queries.schedule, queries.heads, stream);
       launch(queries_kernel<T, D>, queries, blocks, kThreads, sizeof(QueriesShared<D>), stream);
     }

@@ -1,14 +1,14 @@
-// The backward kernels of packed attention for sm_90a: row statistics, then dk and dv by tiles of keys, then dq by tiles of queries.
+// The backward kernels of packed attention for sm_90a: row statistics, then dk and dv by tiles of keys, and dq in one of two ways.
+//     two passes   dq by tiles of queries, in a kernel of its own. Every gradient element is made by one warpgroup, dS goes from one
+//                  product to the next in registers, S and dP are computed twice: seven products
+//     single pass  five products: dS goes through shared memory as well, and dq is summed in global memory (attention_single_pass.cuh)
+// Everything is added in a fixed order, and bits depend on nothing but the element's own document.
 //
-// Every gradient element is made by one warpgroup that adds in a fixed order: nothing is added atomically, bits depend on nothing but the
-// element's own document, and dS goes from one product to the next in registers. The price is that S and dP are computed twice: seven
-// products instead of five.
-//
-// Both kernels have one warp that loads and two warpgroups with 64 rows each of a tile of 128. A tile of keys goes through blocks of 64
-// queries of all heads of its group, everything transposed (rows are keys); a tile of queries through blocks of keys.
+// Kernels have one warp that loads and two warpgroups with 64 rows each of a tile of 128. A tile of keys goes through blocks of 64 queries
+// of all heads of its group, everything transposed (rows are keys); a tile of queries through blocks of keys.
 //     P = exp2(scale2 · q·k − lse2)    dS = P · (g·v − delta)    dv += Pᵀ g    dk += dSᵀ q · scale    dq += dS k · scale
 #pragma once
-#include "attention_tiles.cuh"
+#include "attention_single_pass.cuh"
 
 namespace longvita::cuda {
 
@@ -22,6 +22,7 @@ struct RowsParameters {
   Documents documents;          // rows: queries
   float *lse2, *delta;          // (Hq, padded): document d's rows begin at (cu[d] / kStatsRows + d) · kStatsRows
   int64_t padded;
+  Sums sums;                    // turns: null, or set to 0
   int heads;
 };
 
@@ -34,6 +35,7 @@ template <class T, int D> LV_KERNEL(kRowsThreads) rows_kernel(LV_PARAMETERS(Rows
   const int document = document_of(p.documents, slot, kStatsRows);
   const Extent rows = extent(p.documents.cu_rows, document, p.documents.rows);
   const int first = larger(slot - rows.start / kStatsRows - document, 0) * kStatsRows;
+  if (p.sums.turns && thread() < 2) global_store(p.sums.turns + share_at(p.sums, head, slot, thread()), 0);
   if (first >= rows.length) return;     // an empty slot
   for (int r = thread() / kLanes; r < kStatsRows; r += kAtOnce) {
     const bool inside = first + r < rows.length;
@@ -59,7 +61,7 @@ template <class T, int D> LV_KERNEL(kRowsThreads) rows_kernel(LV_PARAMETERS(Rows
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------------------- both kernels
+// ------------------------------------------------------------------------------------------------------------- kernels that multiply
 
 struct BackwardParameters {
   TensorMap mine[2];            // of the tile's rows: k and v, or q and g
@@ -69,25 +71,33 @@ struct BackwardParameters {
   Target target[2];             // dk and dv, or dq; data null: not wanted
   const float *lse2, *delta;
   int64_t padded;
+  Sums sums;                    // of the single pass
   int heads, group;             // heads of the tiles; query heads a KV head
   float scale, scale2;
   bool add;
 };
 
-template <int D, int BLOCK_, int STAGES_> struct BackwardShared {
+struct NoSinglePass {};
+
+template <int D, int BLOCK_, int STAGES_, bool SINGLE_ = false> struct BackwardShared {
   static constexpr int BLOCK = BLOCK_, STAGES = STAGES_;
+  static constexpr bool SINGLE = SINGLE_;
   Panel<kTile, D> mine[2];
   Panel<BLOCK, D> theirs[STAGES][2];
-  float lse2[STAGES][kStatsRows], delta[STAGES][kStatsRows];     // of the block's queries, where the blocks are of queries
+  std::conditional_t<SINGLE, SinglePass<D>, NoSinglePass> single;
+  alignas(16) float lse2[STAGES][kStatsRows], delta[STAGES][kStatsRows];        // of the block's queries, where the blocks are of queries
   TileQueue queue;
+  SinglePassBarriers handing_over;
   Barrier mine_full, mine_empty, full[STAGES], empty[STAGES], tail;
 };
-template <int D> using KeysShared = BackwardShared<D, 64, 3>;
+template <int D, bool SINGLE> using KeysShared = BackwardShared<D, kStatsRows, 3, SINGLE>;
 template <int D> using QueriesShared = BackwardShared<D, 128, 2>;
+static_assert(sizeof(KeysShared<128, true>) <= 227 << 10, "a block has 227 KiB of shared memory");
 
 template <class Shared> LV_DEVICE void backward_init(Shared& s) {
   if (thread() == 0) {
-    queue_init(s.queue);
+    queue_init(s.queue, kConsumerWarps + (Shared::SINGLE ? kAddingWarps : 0));
+    if constexpr (Shared::SINGLE) single_pass_init(s.handing_over);
     barrier_init(s.mine_full, 1), barrier_init(s.mine_empty, kConsumerWarps), barrier_init(s.tail, 1);
     for (int i = 0; i < Shared::STAGES; ++i) barrier_init(s.full[i], 1), barrier_init(s.empty[i], kConsumerWarps);
     barriers_ready();
@@ -95,7 +105,18 @@ template <class Shared> LV_DEVICE void backward_init(Shared& s) {
   block_sync();
 }
 
-// The loading warp. KEYS: tiles of keys, blocks of queries with their statistics, of one head of the group after the other.
+// Rows beyond a document are cleared when they have come (s.tail), before others see them.
+template <class Shared, int ROWS, int D>
+LV_DEVICE void clear_tail(Shared& s, uint32_t& tail_parity, Panel<ROWS, D> (&panels)[2], int rows, Barrier& full) {
+  barrier_wait(s.tail, tail_parity);
+  tail_parity ^= 1;
+  for (int j = 0; j < 2; ++j) clear_rows(panels[j], rows);
+  async_fence();
+  warp_sync();
+  if (lane() == 0) barrier_arrive(full);
+}
+
+// The loading warp. KEYS: tiles of keys, blocks of queries with their statistics, a block of all heads of the group after the other.
 template <bool KEYS, int D, class Shared> LV_DEVICE void backward_load(const BackwardParameters& p, Shared& s) {
   Ring<Shared::STAGES> ring;
   uint32_t mine_parity = 1, tail_parity = 0;
@@ -107,16 +128,19 @@ template <bool KEYS, int D, class Shared> LV_DEVICE void backward_load(const Bac
     if (tile.count == 0) continue;
     barrier_wait(s.mine_empty, mine_parity);
     mine_parity ^= 1;
+    const bool short_tile = Shared::SINGLE && tile.rows - tile.first < kTile;   // dq sums over its rows
+    Barrier& mine_full = short_tile ? s.tail : s.mine_full;
     if (lane() == 0) {
-      barrier_expect(s.mine_full, kMine);
-      for (int i = 0; i < 2; ++i) load_panel(s.mine[i], p.mine[i], s.mine_full, tile.head, tile.start_rows + tile.first);
+      barrier_expect(mine_full, kMine);
+      for (int i = 0; i < 2; ++i) load_panel(s.mine[i], p.mine[i], mine_full, tile.head, tile.start_rows + tile.first);
     }
+    if (short_tile) clear_tail(s, tail_parity, s.mine, tile.rows - tile.first, s.mine_full);
     const int64_t stats = (int64_t(tile.start_columns / kStatsRows) + tile.document) * kStatsRows;
-    for (int member = 0; member < (KEYS ? p.group : 1); ++member) {
-      const int head = KEYS ? tile.head * p.group + member : tile.head / p.group;
-      for (int i = 0; i < tile.count; ++i) {
+    for (int i = tile.count - 1; i >= 0; --i) {
+      for (int member = 0; member < (KEYS ? p.group : 1); ++member) {
+        const int head = KEYS ? tile.head * p.group + member : tile.head / p.group;
         const int start = (tile.begin + i) * Shared::BLOCK, stage = ring.stage;
-        const bool ends = tile.columns - start < Shared::BLOCK;        // then rows beyond the document are cleared before others see them
+        const bool ends = tile.columns - start < Shared::BLOCK;
         Barrier& full = ends ? s.tail : s.full[stage];
         barrier_wait(s.empty[stage], ring.parity ^ 1);
         if (lane() == 0) {
@@ -127,32 +151,33 @@ template <bool KEYS, int D, class Shared> LV_DEVICE void backward_load(const Bac
             load_bytes(s.delta[stage], p.delta + head * p.padded + stats + start, kStats, full);
           }
         }
-        if (ends) {
-          barrier_wait(s.tail, tail_parity);
-          tail_parity ^= 1;
-          for (int j = 0; j < 2; ++j) clear_rows(s.theirs[stage][j], tile.columns - start);
-          async_fence();
-          warp_sync();
-          if (lane() == 0) barrier_arrive(s.full[stage]);
-        }
+        if (ends) clear_tail(s, tail_parity, s.theirs[stage], tile.columns - start, s.full[stage]);
         ring.advance();
       }
     }
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------------------- dk and dv
+// --------------------------------------------------------------------------------------------- dk and dv, and dq in the single pass
 
-template <class T, int D> LV_DEVICE void keys_multiply(const BackwardParameters& p, KeysShared<D>& s, int half) {
-  constexpr int N = KeysShared<D>::BLOCK;
-  Ring<KeysShared<D>::STAGES> ring;
+// Both at once. Their 128 accumulators and 32 operands leave no registers for products of the next block beside them.
+template <class T, int D>
+LV_DEVICE void add_keys(float (&dk)[D / 2], float (&dv)[D / 2], const uint32_t (&slopes)[kStatsRows / 4],
+                        const uint32_t (&weights)[kStatsRows / 4], const Panel<kStatsRows, D> (&theirs)[2]) {
+  multiply_add<T>(dv, weights, theirs[1]);
+  multiply_add<T>(dk, slopes, theirs[0]);
+}
+
+template <class T, int D, bool SINGLE> LV_DEVICE void keys_multiply(const BackwardParameters& p, KeysShared<D, SINGLE>& s, int half) {
+  constexpr int N = kStatsRows;
+  Ring<KeysShared<D, SINGLE>::STAGES> ring;
   uint32_t mine_parity = 0;
+  int step = 0;                 // of all tiles
   for (int turn = 0;; ++turn) {
     const Tile* at = next_tile(s.queue, turn);
     const Tile tile = shared_load(at);
     if (tile.head < 0) return;
-    const Span all = seen_by_all(tile, p.documents, half);
-    const int begin = tile.begin * N, end = begin + tile.count * N;
+    const Span all = seen_by_all<SINGLE>(tile, p.documents, half);
     float dk[D / 2], dv[D / 2], weights[N / 2], slopes[N / 2];
     uint32_t packed_weights[N / 4], packed_slopes[N / 4];
     LV_UNROLL
@@ -160,14 +185,15 @@ template <class T, int D> LV_DEVICE void keys_multiply(const BackwardParameters&
     if (tile.count > 0) {
       barrier_wait(s.mine_full, mine_parity);
       mine_parity ^= 1;
-      int from = begin;
-      for (int step = tile.count * p.group; step > 0; --step) {
+      int from = (tile.begin + tile.count - 1) * N, member = 0;
+      bool behind = false;      // there is a step before this one
+      for (int left = tile.count * p.group; left > 0; --left, ++step) {
         const int stage = ring.stage, column = lane() % 4 * 2;
         barrier_wait(s.full[stage], ring.parity);
         multiply_rows<T, N>(weights, s.mine[0], half * 64, s.theirs[stage][0]);
         multiply_rows<T, N>(slopes, s.mine[1], half * 64, s.theirs[stage][1]);
         multiply_wait<1>();     // all but g·v
-        if (from < all.low || from + N > all.high) mask_scores<N>(weights, from, shared_load(at), p.documents, half);
+        if (from < all.low || from + N > all.high) mask_scores<N, SINGLE>(weights, from, shared_load(at), p.documents, half);
         LV_UNROLL
         for (int j = 0; j < N / 8; ++j) {
           const Float2 lse2 = shared_load(reinterpret_cast<const Float2*>(&s.lse2[stage][8 * j + column]));
@@ -183,14 +209,30 @@ template <class T, int D> LV_DEVICE void keys_multiply(const BackwardParameters&
           for (int e = 0; e < 4; ++e) slopes[4 * j + e] = weights[4 * j + e] * (slopes[4 * j + e] - (e % 2 ? delta.y : delta.x));
         }
         pack_all<T>(slopes, packed_slopes);
-        // Both at once, and waited for: their 128 accumulators and these 32 operands leave no registers for products of the next block
-        // beside them. Meanwhile the other warpgroup's products have the tensor cores.
-        multiply_add<T>(dv, packed_weights, s.theirs[stage][1]);
-        multiply_add<T>(dk, packed_slopes, s.theirs[stage][0]);
-        multiply_wait<0>();
+        if constexpr (SINGLE) put_slopes(s.single, s.handing_over, step, packed_slopes, half);
+        if (SINGLE && behind) {
+          if constexpr (SINGLE) {
+            // In the registers that P had: to an array of its own ptxas gives others, finds too few and serialises all products (C7512).
+            float (&dq)[D / 4] = reinterpret_cast<float (&)[D / 4]>(weights);
+            multiply_slopes<T>(dq, s.single, s.handing_over, step - 1, s.mine[0], half);
+            add_keys<T>(dk, dv, packed_slopes, packed_weights, s.theirs[stage]);
+            multiply_wait<2>();
+            put_sums(s.single, s.handing_over, step - 1, dq, half);
+          }
+        } else {
+          add_keys<T>(dk, dv, packed_slopes, packed_weights, s.theirs[stage]);
+        }
+        multiply_wait<0>();     // meanwhile the other warpgroup's products have the tensor cores
         if (lane() == 0) barrier_arrive(s.empty[stage]);
         ring.advance();
-        from = from + N < end ? from + N : begin;       // the next head of the group
+        if (++member == p.group) member = 0, from -= N;
+        behind = true;
+      }
+      if constexpr (SINGLE) {
+        float dq[D / 4];
+        multiply_slopes<T>(dq, s.single, s.handing_over, step - 1, s.mine[0], half);
+        multiply_wait<0>();
+        put_sums(s.single, s.handing_over, step - 1, dq, half);
       }
       if (lane() == 0) barrier_arrive(s.mine_empty);
     }
@@ -226,7 +268,7 @@ template <class T, int D> LV_DEVICE void queries_multiply(const BackwardParamete
       }
       barrier_wait(s.mine_full, mine_parity);
       mine_parity ^= 1;
-      for (int i = 0; i < tile.count; ++i) {
+      for (int i = tile.count - 1; i >= 0; --i) {
         const int from = (tile.begin + i) * N, stage = ring.stage;
         barrier_wait(s.full[stage], ring.parity);
         multiply_rows<T, N>(weights, s.mine[0], half * 64, s.theirs[stage][0]);
@@ -252,15 +294,19 @@ template <class T, int D> LV_DEVICE void queries_multiply(const BackwardParamete
   }
 }
 
-template <class T, int D> LV_KERNEL(kThreads) keys_kernel(LV_PARAMETERS(BackwardParameters) p) {
-  KeysShared<D>& s = shared<KeysShared<D>>();
+template <class T, int D, bool SINGLE> LV_KERNEL(kThreads) keys_kernel(LV_PARAMETERS(BackwardParameters) p) {
+  KeysShared<D, SINGLE>& s = shared<KeysShared<D, SINGLE>>();
   backward_init(s);
   if (thread() < 128) {
     registers_give<40>();
     if (thread() < 32) backward_load<true, D>(p, s);
+    if constexpr (SINGLE) {
+      const int adds = thread() / 32 - 1;
+      if (adds >= 0 && adds < kAddingWarps) add_sums(s.single, s.handing_over, s.queue, p.sums, p.documents, p.group, adds);
+    }
   } else {
     registers_take<232>();
-    keys_multiply<T, D>(p, s, thread() / 128 - 1);
+    keys_multiply<T, D, SINGLE>(p, s, shuffle(thread() / 128 - 1, 0));      // so that ptxas knows: the same in all of a warp
   }
 }
 

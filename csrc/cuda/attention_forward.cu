@@ -19,10 +19,10 @@ std::string attention_cannot(const AttentionProblem& p) {
   return "";
 }
 
-int64_t attention_scratch(const AttentionProblem& p, bool backward) {
+int64_t attention_scratch(const AttentionProblem& p, bool backward, bool single_pass) {
   check_problem(p);
   Scratch none(nullptr, 0);
-  if (backward) take_backward(none, p);
+  if (backward) take_backward(none, p, single_pass);
   else take_schedule(none, p.q.tokens, p.docs);
   return none.used();
 }

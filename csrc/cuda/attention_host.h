@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "attention.h"
-#include "attention_tiles.cuh"
+#include "attention_single_pass.cuh"
 #include "sm90_launch.h"
 
 namespace longvita::cuda {
@@ -40,12 +40,14 @@ inline int64_t stats_rows(const AttentionProblem& p) { return (p.q.tokens / kSta
 struct BackwardScratch {
   Schedule queries, keys;
   float *lse2, *delta;          // (Hq, stats_rows)
+  Sums sums;
 };
-inline BackwardScratch take_backward(Scratch& scratch, const AttentionProblem& p) {
+inline BackwardScratch take_backward(Scratch& scratch, const AttentionProblem& p, bool single_pass) {
   const int64_t rows = stats_rows(p) * p.q.heads;
-  BackwardScratch b;
+  BackwardScratch b{};
   b.queries = take_schedule(scratch, p.q.tokens, p.docs), b.keys = take_schedule(scratch, p.k.tokens, p.docs);
   b.lse2 = scratch.take<float>(rows), b.delta = scratch.take<float>(rows);
+  if (single_pass) b.sums = {scratch.take<float>(rows * p.dim()), scratch.take<int>(rows / kStatsRows * 2), stats_rows(p) / kStatsRows};
   return b;
 }
 
@@ -56,8 +58,8 @@ inline Documents queries_over_keys(const AttentionProblem& p) {
 }
 
 // Fills the list of tiles and gives the number of blocks for the kernel that works it off.
-inline int64_t run_schedule(const Documents& d, const Schedule& s, int64_t heads, void* stream) {
-  launch(schedule_kernel, ScheduleParameters{d, s}, 1, kBuckets, 3 * kBuckets * sizeof(int), stream);
+inline int64_t run_schedule(const Documents& d, const Schedule& s, int64_t heads, void* stream, bool ascending = false) {
+  launch(schedule_kernel, ScheduleParameters{d, s, ascending}, 1, kBuckets, sizeof(ScheduleShared), stream);
   return std::max<int64_t>(1, std::min<int64_t>(s.slots * heads, multiprocessors()));
 }
 

@@ -2,7 +2,7 @@
 //
 // Documents are cut into tiles of kTile rows. Tile slots are numbered so that document d begins at slot cu[d] / kTile + d: every tile of
 // every document has a slot, and total / kTile + docs slots are enough, a number that the host knows without reading cu. schedule_kernel
-// makes a list of the tiles that there are, those with most work first; blocks take (tile, head) after (tile, head) from it.
+// makes a list of the tiles that there are, those with most work first; blocks take (tile, head) after (tile, head) from it, in its order.
 // Offsets are clamped to the tokens that there are: wrong ones give wrong numbers, never a wrong address.
 #pragma once
 #include <cstdint>
@@ -78,7 +78,7 @@ LV_DEVICE Tile tile_of(const Documents& d, int document, int first, int head, in
 struct Entry { int document, first; };
 struct Schedule {
   Entry* entries;               // one a slot at most
-  int* cost;                    // of every slot
+  int* cost;                    // of every slot; then its place in the list
   int* counters;                // tiles in the list; (tile, head) pairs taken so far
   int slots;
 };
@@ -88,25 +88,40 @@ LV_DEVICE int bucket_of(int cost) {
   return kBuckets - 1 - smaller(int(bits_of_float(float(cost)) >> 19) - (127 << 4), kBuckets - 1);
 }
 
-struct ScheduleParameters { Documents d; Schedule s; };
+// `ascending`: tiles of a document come in the order of their rows, for kernels whose tiles wait for those before them.
+struct ScheduleParameters { Documents d; Schedule s; bool ascending; };
+struct ScheduleShared { int start[kBuckets], sum[2][kBuckets], wrong; };
 
-// One block of kBuckets threads: a counting sort of the tiles by how many columns they see. Which of two tiles of one bucket comes first is
-// left to chance; it changes no bit of a result.
+// What tiles are sorted by: the columns that it sees. `ascending` takes instead what never rises along a document, because the first
+// column that rows see never falls; with a causal mask, or where nothing is clipped, it is the same number.
+LV_DEVICE int cost_of(const Documents& d, Extent rows, Extent columns, int first, bool ascending) {
+  const int shift = columns.length - rows.length, last = smaller(first + kTile, rows.length) - 1;
+  const int low = seen_by(first, shift, d.left, d.right, columns.length).low;
+  if (ascending) return int(smaller(int64_t(columns.length) - low, int64_t(d.left) + d.right + kTile)) + 1;
+  return larger(seen_by(last, shift, d.left, d.right, columns.length).high - low, 0) + 1;
+}
+
+// One block of kBuckets threads: a counting sort of the tiles by their cost, ties in the order of their slots.
 static LV_KERNEL(kBuckets) schedule_kernel(LV_PARAMETERS(ScheduleParameters) p) {
-  struct Shared { int start[kBuckets], sum[2][kBuckets]; };
-  Shared& s = shared<Shared>();
+  ScheduleShared& s = shared<ScheduleShared>();
   const int t = thread();
   shared_store(&s.start[t], 0);
+  if (t == 0) shared_store(&s.wrong, 0);
   block_sync();
+  if (p.ascending) {            // a tile that waits for one which no list has would wait for ever: where offsets fall, there are no tiles
+    for (int i = t; i < p.d.docs; i += kBuckets) {
+      const bool rise = global_load(p.d.cu_rows + i) <= global_load(p.d.cu_rows + i + 1) &&
+                        global_load(p.d.cu_columns + i) <= global_load(p.d.cu_columns + i + 1);
+      if (!rise) shared_store(&s.wrong, 1);
+    }
+  }
   for (int slot = t; slot < p.s.slots; slot += kBuckets) {
     const int document = document_of(p.d, slot);
     const Extent rows = extent(p.d.cu_rows, document, p.d.rows), columns = extent(p.d.cu_columns, document, p.d.columns);
     const int first = larger(slot - rows.start / kTile - document, 0) * kTile;
     int cost = 0;               // an empty slot
     if (first < rows.length) {
-      const int shift = columns.length - rows.length, last = smaller(first + kTile, rows.length) - 1;
-      const int low = seen_by(first, shift, p.d.left, p.d.right, columns.length).low;
-      cost = larger(seen_by(last, shift, p.d.left, p.d.right, columns.length).high - low, 0) + 1;
+      cost = cost_of(p.d, rows, columns, first, p.ascending);
       shared_add(&s.start[bucket_of(cost)], 1);
     }
     global_store(p.s.cost + slot, cost);
@@ -122,14 +137,27 @@ static LV_KERNEL(kBuckets) schedule_kernel(LV_PARAMETERS(ScheduleParameters) p) 
     shared_store(&s.sum[from][t], sum);
     block_sync();
   }
-  if (t == 0) global_store(p.s.counters, shared_load(&s.sum[from][kBuckets - 1])), global_store(p.s.counters + 1, 0);
+  if (t == 0) {
+    global_store(p.s.counters, shared_load(&s.wrong) ? 0 : shared_load(&s.sum[from][kBuckets - 1]));
+    global_store(p.s.counters + 1, 0);
+  }
   shared_store(&s.start[t], t == 0 ? 0 : shared_load(&s.sum[from][t - 1]));
   block_sync();
+  for (int begin = 0; t < 32 && begin < p.s.slots; begin += 32) {       // one warp numbers them, so that ties keep their order
+    const int slot = begin + t, cost = slot < p.s.slots ? global_load(p.s.cost + slot) : 0;
+    const int bucket = cost ? bucket_of(cost) : kBuckets;
+    const uint32_t same = warp_match(bucket);
+    const int place = cost ? shared_load(&s.start[bucket]) + ones(same & ((1u << t) - 1)) : -1;
+    warp_sync();
+    if (cost && same >> t == 1) shared_store(&s.start[bucket], place + 1);      // the last of the same
+    warp_sync();
+    if (slot < p.s.slots) global_store(p.s.cost + slot, place);
+  }
+  block_sync();
   for (int slot = t; slot < p.s.slots; slot += kBuckets) {
-    const int cost = global_load(p.s.cost + slot);
-    if (cost == 0) continue;
+    const int place = global_load(p.s.cost + slot);
+    if (place < 0) continue;
     const int document = document_of(p.d, slot), start = extent(p.d.cu_rows, document, p.d.rows).start;
-    const int place = shared_add(&s.start[bucket_of(cost)], 1);
     global_store(p.s.entries + place, Entry{document, larger(slot - start / kTile - document, 0) * kTile});
   }
 }
@@ -140,8 +168,8 @@ struct TileQueue {
   Barrier full[2], empty[2];
 };
 
-LV_DEVICE void queue_init(TileQueue& q) {
-  for (int i = 0; i < 2; ++i) barrier_init(q.full[i], 1), barrier_init(q.empty[i], kConsumerWarps);
+LV_DEVICE void queue_init(TileQueue& q, int readers = kConsumerWarps) {
+  for (int i = 0; i < 2; ++i) barrier_init(q.full[i], 1), barrier_init(q.empty[i], readers);
 }
 
 LV_DEVICE Tile take_tile(TileQueue& q, int turn, const Documents& d, const Schedule& s, int heads, int block) {
@@ -174,18 +202,20 @@ LV_DEVICE int row_of_thread(const Tile& t, int half) { return t.first + half * 6
 
 LV_DEVICE Span seen_by(const Tile& t, const Documents& d, int row) { return seen_by(row, t.columns - t.rows, d.left, d.right, t.columns); }
 
-// Columns that all 64 rows of a warpgroup see: blocks inside need no mask.
-LV_DEVICE Span seen_by_all(const Tile& t, const Documents& d, int half) {
+// Columns that all 64 rows of a warpgroup see: blocks inside need no mask. ENDS: rows beyond the document's end see none.
+template <bool ENDS = false> LV_DEVICE Span seen_by_all(const Tile& t, const Documents& d, int half) {
   const int top = t.first + half * 64;
+  if (ENDS && top + 63 >= t.rows) return {0, 0};
   return {seen_by(t, d, top + 63).low, seen_by(t, d, top).high};
 }
 
 // Scores of columns from … from + N − 1 that a row does not see become −∞.
-template <int N> LV_DEVICE void mask_scores(float (&scores)[N / 2], int from, const Tile& t, const Documents& d, int half) {
+template <int N, bool ENDS = false>
+LV_DEVICE void mask_scores(float (&scores)[N / 2], int from, const Tile& t, const Documents& d, int half) {
   const int row = row_of_thread(t, half), column = from + lane() % 4 * 2;
   LV_UNROLL
   for (int h = 0; h < 2; ++h) {
-    const Span span = seen_by(t, d, row + 8 * h);
+    const Span span = ENDS && row + 8 * h >= t.rows ? Span{0, 0} : seen_by(t, d, row + 8 * h);
     const int low = span.low - column, high = span.high - column;
     LV_UNROLL
     for (int j = 0; j < N / 8; ++j) {
@@ -267,6 +297,20 @@ LV_DEVICE void multiply_add(float (&d)[D / 2], const uint32_t (&a)[ROWS / 4], co
   LV_UNROLL
   for (int k = 0; k < ROWS / 16; ++k) {
     multiply<T, D, true>(d, &a[4 * k], across_rows(b_at + k * 16 * kSwizzleRow * 2, Panel<ROWS, D>::kHalf), true);
+  }
+  multiply_commit();
+}
+
+// D (64, N) = Aᵀ · B, summed over the ROWS that both have: all 64 columns of A, N columns of B from `column` on. One batch, not waited for.
+template <class T, int N, int ROWS, int D>
+LV_DEVICE void multiply_columns(float (&d)[N / 2], const Panel<ROWS, 64>& a, const Panel<ROWS, D>& b, int column) {
+  const uint32_t a_at = shared_address(&a);
+  const uint32_t b_at = shared_address(&b) + column / kSwizzleRow * Panel<ROWS, D>::kHalf + column % kSwizzleRow * 2;
+  multiply_fence();
+  LV_UNROLL
+  for (int k = 0; k < ROWS / 16; ++k) {
+    const uint32_t row = k * 16 * kSwizzleRow * 2;
+    multiply<T, N, true, true>(d, across_rows(a_at + row, Panel<ROWS, 64>::kHalf), across_rows(b_at + row, Panel<ROWS, D>::kHalf), k > 0);
   }
   multiply_commit();
 }

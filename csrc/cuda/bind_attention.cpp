@@ -45,7 +45,8 @@ AttentionProblem problem(int dtype, int result, uintptr_t q, Sizes q_size, Strid
 void bind_attention(py::module_& m) {
   py::class_<AttentionProblem>(m, "VarlenProblem").def(py::init(&problem));
   m.def("varlen_attention_cannot", [](const AttentionProblem& p) { return attention_cannot(p); }, "why these kernels do not take it, or \"\"");
-  m.def("varlen_attention_scratch", &attention_scratch, "bytes of scratch: (problem, whether it is for the backward)");
+  m.def("varlen_attention_scratch", &attention_scratch, py::arg("problem"), py::arg("backward"), py::arg("single_pass") = false,
+        "bytes of scratch; single_pass: of a backward that makes dq in the same pass as dk and dv");
   m.def("varlen_attention_forward",
         [](const AttentionProblem& p, uintptr_t out, uintptr_t lse, uintptr_t lse_rest, uintptr_t scratch, int64_t scratch_bytes,
            uintptr_t stream) {
@@ -61,7 +62,7 @@ void bind_attention(py::module_& m) {
   m.def("varlen_attention_backward",
         [](const AttentionProblem& p, uintptr_t out, Strides out_stride, uintptr_t lse, uintptr_t lse_rest, Strides lse_stride,
            uintptr_t grad_out, Strides grad_out_stride, uintptr_t grad_lse, Strides grad_lse_stride, std::array<uintptr_t, 3> grads, bool add,
-           uintptr_t scratch, int64_t scratch_bytes, uintptr_t stream) {
+           bool single_pass, uintptr_t scratch, int64_t scratch_bytes, uintptr_t stream) {
           AttentionBackward b;
           const int64_t rows_of_lse = p.q.tokens * p.q.heads;
           b.p = p;
@@ -72,7 +73,7 @@ void bind_attention(py::module_& m) {
           b.grad_lse = pointer<const float>(grad_lse, 0, "grad_lse");
           b.grad_lse_stride_head = grad_lse_stride[0], b.grad_lse_stride_token = grad_lse_stride[1];
           b.grad_q = dense(grads[0], p, p.q, "grad_q"), b.grad_k = dense(grads[1], p, p.k, "grad_k"), b.grad_v = dense(grads[2], p, p.k, "grad_v");
-          b.add = add, b.scratch = reinterpret_cast<void*>(scratch), b.scratch_bytes = scratch_bytes;
+          b.add = add, b.single_pass = single_pass, b.scratch = reinterpret_cast<void*>(scratch), b.scratch_bytes = scratch_bytes;
           py::gil_scoped_release release;
           attention_backward(b, reinterpret_cast<void*>(stream));
         });

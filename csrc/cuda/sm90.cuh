@@ -45,8 +45,9 @@ LV_DEVICE uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t strid
 // may lie 32, 64 or 96 bytes into the tile's first row, for later 16s. The leading offset is not used.
 LV_DEVICE uint64_t along_rows(uint32_t address) { return descriptor(address, 16, 1024); }
 
-// 16 of the summed index, which runs across the rows ("MN-major", wgmma transposes): the N index is along the rows, 64 of it in one
-// tile, the next 64 in the tile `next` bytes further; eight rows of the summed index every 1,024 bytes. `address`: of row 0, 16, 32, …
+// 16 of the summed index, which runs across the rows ("MN-major", wgmma transposes): the M or N index is along the rows, 64 of it in one
+// tile, the next 64 in the tile `next` bytes further; eight rows of the summed index every 1,024 bytes. `address`: of row 0, 16, 32, …;
+// for 32 columns in the second half of a row, 64 bytes into it.
 LV_DEVICE uint64_t across_rows(uint32_t address, uint32_t next) { return descriptor(address, next, 1024); }
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;

@@ -183,6 +183,22 @@ def test_attention_with_each_input_frozen_and_each_output_unused():
         testing.check_sample(SPEC, sample, **choice)
 
 
+@pytest.mark.parametrize("limit", (0, attention.SINGLE_PASS_BYTES))
+def test_the_backward_takes_a_single_pass_where_its_sums_fit(limit, monkeypatch):
+    passes, call = [], native_cuda.call
+
+    def recording(name, *arguments):
+        if name == "varlen_attention_backward":
+            passes.append(arguments[-3])
+        call(name, *arguments)
+
+    monkeypatch.setattr(native_cuda, "call", recording)
+    monkeypatch.setattr(attention, "SINGLE_PASS_BYTES", limit)
+    testing.check_sample(SPEC, _attention_sample("two documents", (9, 30)))
+    testing.check_sample(SPEC, _attention_sample("two documents", (9, 30)), wrt=("q",))
+    assert passes == [limit > 0, False]
+
+
 def test_parts_in_float32_and_gradients_on_top_of_given_ones():
     """What ring attention does: two parts of the keys, merged; gradients of each part from the whole out and lse."""
     q, k, v = _attention_sample("", (40,), (60,)).args[:3]

@@ -89,18 +89,20 @@ def _compile(library, replace):
 
 
 class Machine:
-    """A loaded library. multiprocessors: blocks at a time; seed: 0, or another order of threads and copies."""
+    """A loaded library. multiprocessors: blocks at a time; seed: 0, or another order of threads and copies; single_pass: how the backward
+    makes dq."""
 
-    def __init__(self, library, multiprocessors=2, seed=0):
+    def __init__(self, library, multiprocessors=2, seed=0, *, single_pass=True):
         self.library, self.multiprocessors, self.seed = ctypes.CDLL(str(library)), multiprocessors, seed
+        self.path, self.single_pass = library, single_pass
         self.scratch = None  # of the last call, for tests that look into it
         self.library.lv_message.restype, self.library.lv_scratch.restype = ctypes.c_char_p, ctypes.c_int64
 
     @staticmethod
     @functools.cache
-    def shared():
+    def shared(single_pass=True):
         """The machine that most tests use."""
-        return Machine(compile_library())
+        return Machine(compile_library(), single_pass=single_pass)
 
     def start(self, readable=(), writable=()):
         """Forgets what kernels may touch, and allows them the memory of these tensors (of all that lies between their first and last
@@ -130,7 +132,7 @@ class Machine:
         out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
         lse, rest = (torch.empty(q.shape[1], q.shape[0]) for _ in range(2))
         described = problem(q, k, v, cu_q, cu_k, scale, left, right, result=out.dtype)
-        self.scratch = scratch = torch.empty(self.library.lv_scratch(ctypes.byref(described), 0), dtype=torch.uint8)
+        self.scratch = scratch = self._scratch(described, 0, 0)
         self.start((q, k, v, cu_q, cu_k), (out, lse, rest, scratch))
         code = self.library.lv_forward(
             ctypes.byref(described), ctypes.byref(_tensor(out)), *_pointers(lse, rest, scratch), ctypes.c_int64(scratch.numel())
@@ -138,17 +140,21 @@ class Machine:
         self.check(code)
         return out, lse, rest
 
+    def _scratch(self, described, backward, single_pass):
+        """Full of NaN, read as floats."""
+        return torch.full((self.library.lv_scratch(ctypes.byref(described), backward, single_pass),), 255, dtype=torch.uint8)
+
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, rest, cu_q, cu_k, scale, left, right, dq, dk, dv, *, add=False):
         """Writes the gradients into dq, dk and dv (None: not wanted), as longvita_kernels.triton.varlen_attention.backward does."""
         wanted = [grad for grad in (dq, dk, dv) if grad is not None]
         described = problem(q, k, v, cu_q, cu_k, scale, left, right, result=wanted[0].dtype)
-        scratch = torch.empty(self.library.lv_scratch(ctypes.byref(described), 1), dtype=torch.uint8)
+        self.scratch = scratch = self._scratch(described, 1, int(self.single_pass))
         self.start((q, k, v, cu_q, cu_k, out, grad_out, lse, rest, grad_lse), (*wanted, scratch))
         strides = (ctypes.c_int64 * 4)(*lse.stride(), *((0, 0) if grad_lse is None else grad_lse.stride()))
         grads = (_Tensor * 3)(*(_Tensor() if grad is None else _tensor(grad) for grad in (dq, dk, dv)))
         code = self.library.lv_backward(
             ctypes.byref(described), ctypes.byref(_tensor(out)), ctypes.byref(_tensor(grad_out)), *_pointers(lse, rest, grad_lse),
-            strides, grads, int(add), *_pointers(scratch), ctypes.c_int64(scratch.numel()),
+            strides, grads, int(add), int(self.single_pass), *_pointers(scratch), ctypes.c_int64(scratch.numel()),
         )  # fmt: skip
         self.check(code)
 
@@ -171,14 +177,14 @@ def problem(q, k, v, cu_q, cu_k, scale, left, right, *, softcap=0.0, result=None
 class SelfTest(ctypes.Structure):
     """Arguments of a kernel of csrc/cuda/emulate/selftest.h."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("a", "b", "d", "n", "steps", "dtype", "a_in_registers", "across")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("a", "b", "d", "n", "steps", "dtype", "a_from", "across")]
 
 
-def selftest(machine, name, a, b, *, a_in_registers=False, across=False):
+def selftest(machine, name, a, b, *, a_from=0, across=False):
     """Accumulators (128 threads, n / 2) of a self-test: A (64, 16 · steps), B (n, 16 · steps), or (16 · steps, n) with `across`."""
     n, steps = b.shape[across], a.shape[1] // 16
     d = torch.full((128, n // 2), float("nan"))
     machine.start((a, b), (d,))
-    arguments = SelfTest(a.data_ptr(), b.data_ptr(), d.data_ptr(), n, steps, native.dtype_code(a.dtype), a_in_registers, across)
+    arguments = SelfTest(a.data_ptr(), b.data_ptr(), d.data_ptr(), n, steps, native.dtype_code(a.dtype), a_from, across)
     machine.check(machine.library.lv_selftest(name.encode(), ctypes.byref(arguments)))
     return d

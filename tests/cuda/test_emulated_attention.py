@@ -79,17 +79,22 @@ def _check(machine, sample, **choice):
     return testing.check_sample(dataclasses.replace(SPEC, op=_op(machine)), sample, **choice)
 
 
+BOTH = pytest.mark.parametrize("single_pass", (True, False), ids=("single pass", "two passes"))
+
+
+@BOTH
 @pytest.mark.parametrize("index", range(10))
-def test_forward_and_gradients_are_accurate(index):
-    _check(Machine.shared(), list(_samples())[index])
+def test_forward_and_gradients_are_accurate(index, single_pass):
+    _check(Machine.shared(single_pass), list(_samples())[index])
 
 
-def test_frozen_inputs_and_unused_outputs():
+@BOTH
+def test_frozen_inputs_and_unused_outputs(single_pass):
     sample = _sample("", (90, 140), (2, 1), 64, BF16)
     for wrt in (("q",), ("k",), ("v", "q")):
-        _check(Machine.shared(), sample, wrt=wrt)
+        _check(Machine.shared(single_pass), sample, wrt=wrt)
     for used in (("out",), ("lse",)):
-        _check(Machine.shared(), sample, used=used)
+        _check(Machine.shared(single_pass), sample, used=used)
 
 
 def _everything(machine, sample):
@@ -97,15 +102,18 @@ def _everything(machine, sample):
     return [*found.outputs.values(), *found.grads.values()]
 
 
-def test_order_of_threads_copies_and_tiles_changes_no_bit():
-    sample = _sample("", (300, 3, 140), (4, 2), 64, BF16)
-    found = [_everything(Machine(compile_library(), blocks, seed), sample) for blocks, seed in ((1, 0), (3, 0), (2, 1), (3, 2), (4, 3))]
+@BOTH
+def test_order_of_threads_copies_and_tiles_changes_no_bit(single_pass):
+    sample, library = _sample("", (300, 3, 140), (4, 2), 64, BF16), compile_library()
+    machines = [Machine(library, *each, single_pass=single_pass) for each in ((1, 0), (3, 0), (2, 1), (3, 2), (4, 3))]
+    found = [_everything(machine, sample) for machine in machines]
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             testing.assert_bit_equal(a, b)
 
 
-def test_another_document_changes_no_bit():
+@BOTH
+def test_another_document_changes_no_bit(single_pass):
     """Even where it is full of NaN: tiles reach beyond the end of a document, and what they reach must not count."""
     found = []
     for value in (None, math.nan, math.inf):
@@ -117,11 +125,60 @@ def test_another_document_changes_no_bit():
                 kept = x[mine].clone()
                 x.fill_(value)
                 x[mine] = kept
-        out, lse, *grads = _everything(Machine.shared(), sample)
+        out, lse, *grads = _everything(Machine.shared(single_pass), sample)
         found.append([out[100:280], lse[:, 100:280], grads[0][100:280], grads[1][100:300], grads[2][100:300]])
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             testing.assert_bit_equal(a, b)
+
+
+def test_keys_beyond_a_document_do_not_count_where_all_are_seen():
+    """Scores so low that a row of zeros in their place would overflow: such rows of a tile must be masked, not only cleared."""
+    sample = _sample("", (40, 30), (1, 1), 64, BF16, causal=False, softmax_scale=4.0)
+    q, k = sample.args[:2]
+    direction = q[:1].clone()
+    q.copy_(direction * (1 + torch.rand(70, 1, 1)))
+    k.copy_(direction * -(1 + torch.rand(70, 1, 1) / 64))
+    assert (_everything(Machine.shared(), sample)[1] < -128).all()  # lse
+    _check(Machine.shared(), sample)
+
+
+WINDOWS = [(-1, 0), (-1, -1), (70, 0), (200, -1), (-1, 90), (30, 40), (0, 0), (300, 5)]
+
+
+def _backward_alone(machine, lengths_q, lengths_k, left, right, heads=(1, 1)):
+    """A backward of dim 64 for its order alone: lse of rows that see nothing, so every gradient is 0."""
+    q, k = torch.randn(sum(lengths_q), heads[0], 64).to(BF16), torch.randn(sum(lengths_k), heads[1], 64).to(BF16)
+    lse = torch.full((heads[0], len(q)), -torch.inf)
+    grads = [torch.full_like(x, math.nan) for x in (q, k, k)]
+    machine.backward(q, None, q, k, k, q, lse, torch.zeros_like(lse), _offsets(*lengths_q), _offsets(*lengths_k), 0.1, left, right, *grads)
+    for grad in grads:
+        assert not grad.any()
+
+
+def test_tiles_wait_only_for_those_taken_before():
+    """So one multiprocessor comes to an end, and so do many in any order, whatever is seen."""
+    library = compile_library()
+    for case, (left, right) in enumerate(WINDOWS):
+        machine = Machine(library, (1, 3, 5)[case % 3], case)
+        _backward_alone(machine, (400, 0, 130), (260, 3, 390) if case % 2 else (520, 0, 140), left, right)
+        entries = _key_entries(machine, 530, 653 if case % 2 else 660, 3)
+        assert all(first == sorted(first) for first in entries.values()) and sum(map(len, entries.values())) >= 7
+
+
+def _key_entries(machine, tokens_q, tokens_k, documents):
+    """{document: first rows of its tiles} as the last backward's list of tiles of keys has them."""
+    def rounded(size):
+        return (size + 255) // 256 * 256
+
+    slots_q, slots_k = tokens_q // 128 + documents, tokens_k // 128 + documents
+    at = rounded(8 * slots_q) + rounded(4 * slots_q) + 256
+    entries = machine.scratch[at : at + 8 * slots_k].view(torch.int32).view(slots_k, 2).tolist()
+    counter = at + rounded(8 * slots_k) + rounded(4 * slots_k)
+    count, found = machine.scratch[counter : counter + 4].view(torch.int32).item(), {}
+    for document, first in entries[:count]:
+        found.setdefault(document, []).append(first)
+    return found
 
 
 def test_longest_tiles_come_first():
@@ -135,6 +192,7 @@ def test_longest_tiles_come_first():
     seen = {tile: min(tile[1] + 128, (200, 640, 0, 360)[tile[0]]) for tile in tiles}
     found = [tuple(entry) for entry in entries[: len(tiles)]]
     assert sorted(found) == sorted(tiles)
+    assert [tile for tile in found if seen[tile] == 128] == [(0, 0), (1, 0), (3, 0)]  # ties: in the order of their slots
     costs = [seen[tile] for tile in found]
     assert all(later <= 1.07 * earlier for earlier, later in itertools.pairwise(costs))  # buckets of 6 %
 
@@ -148,10 +206,11 @@ def _inside(shape, margin=4096, dtype=BF16):
     return tensor, (memory[:margin], memory[-margin:])
 
 
-@pytest.mark.parametrize("wild", [(0, 10**9, -5, 7), (-(10**9), 3, 2, 2**31 - 1), (150, 100, 10, 0), (5, 5, 5, 5)])
-def test_wild_offsets_touch_nothing_outside(wild):
-    """On a GPU nobody looks at their values: numbers may be wrong, addresses not (the emulator would say so)."""
-    machine, shapes = Machine.shared(), [(200, 2, 64), (200, 1, 64), (200, 1, 64)]
+@BOTH
+@pytest.mark.parametrize("wild", [(0, 10**9, -5, 7), (-(10**9), 3, 2, 2**31 - 1), (150, 100, 10, 0), (5, 5, 5, 5), (-9, 20, 10**9, 10**9)])
+def test_wild_offsets_touch_nothing_outside(wild, single_pass):
+    """On a GPU nobody looks at their values: numbers may be wrong, addresses not (the emulator would say so), and nobody waits for ever."""
+    machine, shapes = Machine.shared(single_pass), [(200, 2, 64), (200, 1, 64), (200, 1, 64)]
     (q, k, v), _ = zip(*(_inside(shape) for shape in shapes), strict=True)
     (out, out_margins), *grads = (_inside(shape) for shape in (shapes[0], *shapes))
     out.zero_()
@@ -181,9 +240,10 @@ def test_offsets_beyond_32_bits():
         testing.assert_bit_equal(a, b)
 
 
-def test_wide_partial_results_and_gradients_on_top_of_given_ones():
+@BOTH
+def test_wide_partial_results_and_gradients_on_top_of_given_ones(single_pass):
     """What ring attention does: two parts of the keys, each in float32, merged; gradients of each part from the whole lse."""
-    machine, scale = Machine.shared(), 0.2
+    machine, scale = Machine.shared(single_pass), 0.2
     q, k, v = (torch.randn(tokens, heads, 64).to(FP16) for tokens, heads in ((140, 2), (210, 1), (210, 1)))
     documents = _offsets(140)
     parts = [(slice(0, 70), _offsets(70), -1), (slice(70, 210), _offsets(140), 0)]  # the later part is on the diagonal
@@ -205,8 +265,9 @@ def test_wide_partial_results_and_gradients_on_top_of_given_ones():
             torch.testing.assert_close(got.double() - 1, want, rtol=tolerance, atol=tolerance)
 
 
-def test_no_tokens_and_no_documents():
-    machine, none = Machine.shared(), torch.empty(0, 2, 64, dtype=BF16)
+@BOTH
+def test_no_tokens_and_no_documents(single_pass):
+    machine, none = Machine.shared(single_pass), torch.empty(0, 2, 64, dtype=BF16)
     some = torch.randn(70, 2, 64).to(BF16)
     out, lse, _ = machine.forward(none, none, none, _offsets(0), _offsets(0), 0.3, -1, 0)
     assert out.shape == (0, 2, 64) and lse.shape == (2, 0)
@@ -244,14 +305,14 @@ def test_what_they_cannot_is_said(change, why):
 
 # ------------------------------------------------------------------------------------------------------------- kernels that are wrong
 
-FORWARD, BACKWARD, TILES = "attention_forward.cuh", "attention_backward.cuh", "attention_tiles.cuh"
+FORWARD, BACKWARD, TILES, SINGLE = (f"attention_{part}.cuh" for part in ("forward", "backward", "tiles", "single_pass"))
 GIVE_K = "if (lane() == 0) barrier_arrive(s.k_empty[k_ring.stage]);\n"
 GIVE_V = "if (lane() == 0) barrier_arrive(s.v_empty[v_ring.stage]);\n"
 PASS_TURN = "named_arrive(kTurn + (half ^ 1), kBoth);\n"
 IN_LOOP = "\n        "
 EACH = f"{IN_LOOP}LV_UNROLL{IN_LOOP}for (int "
 CLEAR = "clear_rows(s.v[v_ring.stage], tile.columns - start);"
-ADD_DK = "multiply_add<T>(dk, packed_slopes, s.theirs[stage][0]);\n"
+SEND = "stores_commit();\n        stores_read();\n        "
 WRONG = None  # the results are wrong
 # Name: (file, what stands there, what is put in its place, words of the emulator or WRONG).
 MUTANTS = {
@@ -273,10 +334,37 @@ MUTANTS = {
     "a row beyond a document is written": (TILES, "= row + 8 * h < rows;", "= row + 8 * h <= rows;", "outside of global memory"),
     "V's second half is its first": (TILES, "kSwizzleRow * 2, Panel<ROWS, D>::kHalf), true", "kSwizzleRow * 2, 0), true", WRONG),
     "a barrier expects too little": (BACKWARD, "kBytes + 2 * kStats", "kBytes + kStats", "on its way"),
-    "a stage is given back too early": (BACKWARD, f"{ADD_DK}        multiply_wait<0>();\n", ADD_DK, "on its way|changed"),
+    "a stage is given back too early": (BACKWARD, "multiply_wait<0>();     // meanwhile", "// meanwhile", "on its way|changed"),
     "g·v is not waited for": (BACKWARD, f"multiply_wait<0>();{EACH}e", f"{EACH}e", "changed while a wgmma"),
-    "queries beyond a document stay": (BACKWARD, "clear_rows(s.theirs[stage][j], tile.columns - start);", "{}", WRONG),
+    "rows beyond a document stay": (BACKWARD, "clear_rows(panels[j], rows);", "clear_rows(panels[j], larger(rows, ROWS));", WRONG),
+    "keys beyond a document stay": (BACKWARD, "Shared::SINGLE && tile.rows - tile.first < kTile;", "false;", WRONG),
+    "dS is overwritten while it is read": (SINGLE, "barrier_wait(b.slopes_empty[step & 1], (step >> 1 & 1) ^ 1);", "", WRONG),
+    "dS is not waited for": (SINGLE, "barrier_wait(b.slopes_full[step & 1], step >> 1 & 1);", "(void)b;", "without an async_fence"),
+    "dS that products do not see": (
+        SINGLE, "async_fence();\n  warp_sync();\n  if (lane() == 0) barrier_arrive(b.slopes_full",
+        "warp_sync();\n  if (lane() == 0) barrier_arrive(b.slopes_full", "without an async_fence",
+    ),
+    "dq is not waited for": (BACKWARD, "            multiply_wait<2>();\n", "", WRONG),
+    "sums that copies do not see": (
+        SINGLE, "async_fence();\n  warp_sync();\n  if (lane() == 0) barrier_arrive(b.sums_full",
+        "warp_sync();\n  if (lane() == 0) barrier_arrive(b.sums_full", "without an async_fence",
+    ),
+    "sums are overwritten": (SINGLE, "barrier_wait(b.sums_empty[half], (step & 1) ^ 1);", "", "that a store has not read yet"),
+    "what is added is not waited for": (
+        SINGLE, "barrier_wait(b.sums_full[half], step & 1);", "", "without an async_fence|has not read yet",
+    ),
+    "sums are given back before they are read": (SINGLE, SEND, "stores_commit();\n        ", "that a store has not read yet"),
+    "a turn is not waited for": (SINGLE, "wait_at_least(sums.turns + at, before);", "", "out of turn|under way"),
+    "a turn is given away before its sums are added": (SINGLE, "stores_wait();", "", "out of turn|under way"),
+    "copies know nothing of turns": (SINGLE, "global_fence();", "", "out of turn"),
+    "a turn is not given away": (SINGLE, "raise(sums.turns + at);", "", "deadlock"),
+    "turns begin at the lowest keys of all": (SINGLE, "int before = tile.first / kTile - int(sees / kTile);",
+                                              "int before = tile.first / kTile + 0 * int(sees);", "deadlock"),
+    "the first adds as well": (SINGLE, "if (before == 0)", "if (before < 0)", WRONG),
+    "turns are not set to nothing": (BACKWARD, "if (p.sums.turns && thread() < 2)", "if (false)", "deadlock"),
 }  # fmt: skip
+TWO_PASSES = ("g·v is not waited for", "rows beyond a document stay")
+WINDOW = ("turns begin at the lowest keys of all",)
 
 
 @pytest.mark.slow
@@ -284,8 +372,10 @@ MUTANTS = {
 def test_a_mistake_is_noticed(name):
     """Every synchronisation and limit that matters, taken away: the emulator or the accuracy rule says so."""
     *replacement, words = MUTANTS[name]
-    machine = Machine(compile_library((tuple(replacement),)))
-    sample = _sample("", (350, 300, 70), (2, 1), 128, BF16, (390, 500, 33), softmax_scale=1.0)
+    single_pass = name not in TWO_PASSES
+    machine = Machine(compile_library((tuple(replacement),)), single_pass=single_pass)
+    window = (60, -1) if name in WINDOW else (-1, -1)
+    sample = _sample("", (350, 300, 70), (2, 1), 128, BF16, (390, 500, 33), softmax_scale=1.0, window_size=window)
     for x in sample.args[1:3]:
         x[390 + 500 :] = math.nan  # of the last document: what no tile of those before may let in
 
@@ -294,11 +384,33 @@ def test_a_mistake_is_noticed(name):
         return [out[:650], lse[:, :650], dq[:650]]
 
     def compare():
-        for got, good in zip(first_documents(machine), first_documents(Machine.shared()), strict=True):
+        for got, good in zip(first_documents(machine), first_documents(Machine.shared(single_pass)), strict=True):
             testing.assert_bit_equal(got, good)
 
     with pytest.raises(EmulatorError if words else AssertionError, match=words):
         compare()
+
+
+@pytest.mark.slow
+def test_in_another_order_tiles_would_wait_for_ever():
+    """Most work first puts the last keys first where queries see those on their right."""
+    machine = Machine(compile_library((("attention_backward.cu", "keys.heads, stream, single)", "keys.heads, stream)"),)), 1)
+    with pytest.raises(EmulatorError, match="waits for a number in global memory to be at least"):
+        _backward_alone(machine, (400,), (400,), 200, -1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 13))
+def test_no_order_of_random_problems_waits_for_ever(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, count):
+        return torch.randint(low, high, (count,), generator=generator).tolist()
+
+    for _ in range(4):
+        machine = Machine(compile_library(), draw(1, 9, 1)[0], draw(0, 1000, 1)[0])
+        group, kv_heads = draw(1, 3, 2)
+        _backward_alone(machine, draw(0, 500, 3), draw(0, 700, 3), *draw(-1, 300, 2), heads=(group * kv_heads, kv_heads))
 
 
 @pytest.mark.slow
@@ -309,7 +421,7 @@ def test_random_problems_in_random_order(seed):
     def draw(low, high, *shape):
         return torch.randint(low, high, shape, generator=generator).tolist()
 
-    machine = Machine(compile_library(), draw(1, 5, 1)[0], seed)
+    machine = Machine(compile_library(), draw(1, 5, 1)[0], seed, single_pass=seed % 4 > 0)
     for dim in (64, 128):
         lengths_q, lengths_k = draw(0, 400, 2, 4)
         group, kv_heads = draw(1, 4, 2)

@@ -25,14 +25,14 @@ def _as_matrix(d):
 
 
 @pytest.mark.parametrize("across", (False, True))
-@pytest.mark.parametrize("a_in_registers", (False, True))
+@pytest.mark.parametrize("a_from", (0, 1, 2), ids=("copied", "registers", "transposed"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products_of_tiles_that_were_copied(dtype, a_in_registers, across):
-    """Tensor copies, their swizzle, descriptors of both kinds, both places of A, both widths, several steps."""
-    for n, steps in ((64, 1), (64, 8), (128, 3)):
+def test_products_of_tiles(dtype, a_from, across):
+    """Tensor copies and stores of matrices, their swizzle, descriptors of both kinds, all places of A, all widths, several steps."""
+    for n, steps in ((32, 2), (64, 1), (64, 8), (128, 3)):
         a, b = torch.randn(64, 16 * steps).to(dtype), torch.randn(n, 16 * steps).to(dtype)
         given = b.T.contiguous() if across else b
-        d = selftest(Machine.shared(), "product", a, given, a_in_registers=a_in_registers, across=across)
+        d = selftest(Machine.shared(), "product", a, given, a_from=a_from, across=across)
         torch.testing.assert_close(_as_matrix(d), a.float() @ b.float().T, rtol=1e-5, atol=1e-4)
 
 
@@ -63,6 +63,16 @@ def test_rounding_and_widening_are_torch_s(dtype):
         assert torch.equal(_as_matrix(selftest(Machine.shared(), "product", eye, part.contiguous(), across=True)), part.float())
 
 
+def test_blocks_take_turns_in_adding_to_global_memory():
+    """In any other order the sum of 1e8, 1 and -1e8 would be 1; the last block goes first, so three must run at a time."""
+    a = torch.randn(64, 64).bfloat16()
+    for seed in range(5):
+        d = selftest(Machine(Machine.shared().path, 3, seed), "turns", a, a)
+        assert not d.view(-1)[:64].any() and d.view(-1)[64:1024].isnan().all()
+    with pytest.raises(EmulatorError, match="waits for a number in global memory to be at least"):
+        selftest(Machine(Machine.shared().path, 2), "turns", a, a)
+
+
 WRONG = {
     "a barrier nobody arrives at": r"deadlock[\s\S]*waits for phase 0 of barrier",
     "fewer bytes than expected": r"deadlock[\s\S]*misses 0 arrivals and 16 bytes",
@@ -85,6 +95,14 @@ WRONG = {
     "a write outside of global memory": "a write of 4 bytes outside",
     "a write to what is only read": "a write of 2 bytes outside",
     "an address not aligned": "not aligned to 16",
+    "a source of stores that they do not see": "that thread 0 wrote without an async_fence",
+    "a source of stores overwritten": "that a store has not read yet",
+    "a store not waited for": "ended with a store under way",
+    "two stores to one place": "another one is under way",
+    "a turn that never comes": r"deadlock[\s\S]*waits for a number in global memory to be at least",
+    "a turn not waited for": "another one is under way|out of turn",
+    "a turn that copies know nothing of": "out of turn",
+    "a turn given away too early": "another one is under way|out of turn",
     "too many registers": "65,536",
     "more shared memory than there is": "shared memory of",
 }

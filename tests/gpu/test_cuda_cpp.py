@@ -10,6 +10,8 @@ import torch
 
 from longvita_kernels import backends, masked_lm_head, merge_attention, testing, varlen_attention
 from longvita_kernels.cuda import native_cuda
+from longvita_kernels.cuda import varlen_attention as attention
+from longvita_kernels.ops import _varlen_paths
 from longvita_kernels.ops.masked_lm_head import SPEC as HEAD
 from longvita_kernels.ops.merge_attention import SPEC as MERGE
 from longvita_kernels.ops.varlen_attention import SPEC
@@ -89,11 +91,17 @@ LENGTHS = (1000, 1, 0, 127, 128, 129, 2048, 63, 700)
 OPTIONS = [{}, {"causal": False}, {"window_size": (300, 0)}, {"causal": False, "window_size": (500, 100), "softmax_scale": 0.1}]
 
 
+@pytest.fixture(params=(0, 1 << 60), ids=("two passes", "single pass"))
+def either_backward(request, monkeypatch):
+    monkeypatch.setattr(attention, "SINGLE_PASS_BYTES", request.param)
+
+
 def _attention(lengths, heads=(4, 2), dim=128, dtype=torch.bfloat16, **options):
     q, k, v = (torch.randn(sum(lengths), n, dim, device="cuda").to(dtype) for n in (*heads, heads[1]))
     return SampleInput(f"{dim} {dtype} {options}", (q, k, v, offsets(*lengths)), {"return_lse": True, **options}, ("q", "k", "v"))
 
 
+@pytest.mark.usefixtures("either_backward")
 @on(SPEC, "cuda")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
@@ -106,6 +114,7 @@ def test_packed_documents_of_every_length(spec, backend, options, dim, dtype, he
         testing.check_sample(SPEC, sample, **choice)
 
 
+@pytest.mark.usefixtures("either_backward")
 @on(SPEC, "cuda")
 def test_attention_runs_agree_in_every_bit_and_another_document_changes_none(spec, backend):
     sample = _attention(LENGTHS)
@@ -121,6 +130,23 @@ def test_attention_runs_agree_in_every_bit_and_another_document_changes_none(spe
     testing.assert_bit_equal(lse, first.outputs["lse"][:, 1000:].contiguous())
 
 
+@pytest.mark.usefixtures("either_backward")
+@on(SPEC, "cuda")
+def test_a_long_document_against_plain_products(spec, backend):
+    tokens = 16384
+    q, k, v, cu = _attention((tokens,), heads=(5, 1)).args
+    grad, arguments = torch.randn_like(q), (cu, cu, 128**-0.5, -1, 0, 0.0)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = varlen_attention(*leaves, cu, return_lse=True)
+    got = (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad))
+    want = (*_varlen_paths.blocked_forward(q, k, v, *arguments), *_varlen_paths.blocked_backward(grad, None, q, k, v, *arguments))
+    wide = [x.float() for x in (grad, q, k, v)]
+    exact = (*_varlen_paths.blocked_forward(*wide[1:], *arguments), *_varlen_paths.blocked_backward(wide[0], None, *wide[1:], *arguments))
+    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, want, exact, strict=True):
+        assert (a.float() - c).norm() <= 1.5 * (b.float() - c).norm() + torch.finfo(torch.bfloat16).eps * c.norm(), name
+
+
+@pytest.mark.usefixtures("either_backward")
 @on(SPEC, "cuda")
 def test_attention_can_be_captured_and_never_synchronises(spec, backend):
     sample = _attention((300, 0, 129))

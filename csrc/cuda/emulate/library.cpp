@@ -76,7 +76,9 @@ int lv_cannot(const Problem* c) {
   return caught([&] { message = attention_cannot(problem(*c)); });
 }
 
-int64_t lv_scratch(const Problem* c, int backward) { return attention_scratch(problem(*c), backward != 0); }
+int64_t lv_scratch(const Problem* c, int backward, int single_pass) {
+  return attention_scratch(problem(*c), backward != 0, single_pass != 0);
+}
 
 int lv_forward(const Problem* c, const Tensor* out, float* lse, float* lse_rest, void* scratch, int64_t scratch_bytes) {
   return caught([&] { attention_forward({problem(*c), rows(*out), lse, lse_rest, scratch, scratch_bytes}, nullptr); });
@@ -84,14 +86,14 @@ int lv_forward(const Problem* c, const Tensor* out, float* lse, float* lse_rest,
 
 // strides: of lse by head and token, of grad_lse by head and token.
 int lv_backward(const Problem* c, const Tensor* out, const Tensor* grad_out, const float* lse, const float* lse_rest, const float* grad_lse,
-                const int64_t* strides, const Tensor* grads, int add, void* scratch, int64_t scratch_bytes) {
+                const int64_t* strides, const Tensor* grads, int add, int single_pass, void* scratch, int64_t scratch_bytes) {
   return caught([&] {
     AttentionBackward b;
     b.p = problem(*c), b.out = rows(*out), b.grad_out = rows(*grad_out), b.lse = lse, b.lse_rest = lse_rest, b.grad_lse = grad_lse;
     b.lse_stride_head = strides[0], b.lse_stride_token = strides[1];
     b.grad_lse_stride_head = strides[2], b.grad_lse_stride_token = strides[3];
     b.grad_q = rows(grads[0]), b.grad_k = rows(grads[1]), b.grad_v = rows(grads[2]);
-    b.add = add != 0, b.scratch = scratch, b.scratch_bytes = scratch_bytes;
+    b.add = add != 0, b.single_pass = single_pass != 0, b.scratch = scratch, b.scratch_bytes = scratch_bytes;
     attention_backward(b, nullptr);
   });
 }

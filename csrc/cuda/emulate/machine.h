@@ -1,9 +1,10 @@
 // A machine for kernels on a CPU: the threads of its blocks are fibers of one thread, which run until they must wait.
 //
 // It is strict where hardware is silent. Everything asynchronous happens as late as it may: a copy arrives when nobody can go on without
-// it, a wgmma reads its operands when somebody waits for it. What nobody may touch meanwhile is NaN: shared memory that was never written
-// or is being copied to, accumulators of a wgmma under way. A kernel that breaks a rule ends with an Error that says which thread broke
-// which rule; a kernel in which all wait ends with what each waits for. With a seed, threads and copies run in another order.
+// it, a wgmma reads its operands when somebody waits for it, a store its source likewise (stores.h). What nobody may touch meanwhile is
+// NaN: shared memory that was never written or is being copied to, accumulators of a wgmma under way. A kernel that breaks a rule ends with an
+// Error that says which thread broke which rule; a kernel in which all wait ends with what each waits for. With a seed, threads and copies
+// run in another order.
 #pragma once
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -50,6 +51,16 @@ inline std::vector<Region> regions;
 
 struct Block;
 
+using Clock = std::map<int, uint64_t>;  // of threads: how many of their stores are done
+
+struct Store {                          // a copy from shared to global memory
+  char* to;
+  const char* from;
+  uint32_t bytes;
+  bool add;
+  std::vector<char> read;               // what it has read, if it has
+};
+
 // Something that several threads wait for: everybody who waits goes on when `passed` changes.
 struct Gate { uint64_t passed = 0; };
 
@@ -64,6 +75,11 @@ struct Fiber {
   uint64_t detail = 0;
   char* stack = nullptr;
   std::vector<uint32_t> unfenced;       // pieces of shared memory that it wrote since its last async_fence
+  std::deque<Store> stores;             // under way
+  size_t committed_stores = 0;          // of these
+  uint64_t stores_issued = 0;
+  Gate store_gate;
+  Clock accesses_after, stores_after;   // the stores that its accesses to global memory, and its own stores, come after
 };
 
 struct Barrier {                        // an mbarrier
@@ -87,7 +103,7 @@ struct Accumulator {                    // registers of a warp that wgmmas under
 struct Product {                        // one wgmma of one warp
   std::shared_ptr<Accumulator> to;
   DType dtype;
-  bool add, across, a_in_registers;
+  bool add, across, across_a, a_in_registers;
   uint64_t a, b;
   const uint32_t* a_at[32];
   uint32_t a_values[32][4];
@@ -117,11 +133,18 @@ struct Block {
   uint32_t bytes = 0;
   std::vector<uint8_t> arriving;        // of every piece of 16 bytes: copies under way
   std::vector<int> unfenced;            // and the thread + 1 whose writes are not yet visible to copies and wgmma
+  std::vector<uint8_t> leaving;         // and how many stores have yet to read it
   std::map<uint32_t, Barrier> barriers; // by address
   Meeting named[16];
   std::vector<Warp> warps;
   std::deque<Copy> copies;
   int registers_given = 0;
+};
+
+struct Stored { uintptr_t end; int thread; uint64_t number; bool under_way; };
+struct Signal {                         // a number that blocks wait for
+  Gate gate;
+  Clock known;                          // to those who raised it
 };
 
 struct Grid {
@@ -132,6 +155,8 @@ struct Grid {
   jmp_buf scheduler;
   ucontext_t context;
   const std::function<void()>* kernel = nullptr;
+  std::map<uintptr_t, Stored> stored;   // by the address: the last store to it
+  std::map<const int*, Signal> signals;
   std::string error;
   std::mt19937 random;
 };
@@ -244,7 +269,7 @@ inline std::unique_ptr<Block> new_block(int index, int threads, uint32_t bytes) 
   b->index = index, b->threads = threads, b->bytes = bytes;
   b->memory = static_cast<char*>(aligned_alloc(1024, std::max<size_t>(1024, (bytes + 1023) / 1024 * 1024)));
   memset(b->memory, 0xff, bytes);
-  b->arriving.assign(bytes / 16 + 1, 0), b->unfenced.assign(bytes / 16 + 1, 0);
+  b->arriving.assign(bytes / 16 + 1, 0), b->unfenced.assign(bytes / 16 + 1, 0), b->leaving.assign(bytes / 16 + 1, 0);
   b->warps.resize((threads + 31) / 32);
   return b;
 }
@@ -270,6 +295,10 @@ inline void run_blocks(int first, int last, int threads, uint32_t bytes) {
   bool finished = false, alive = true;
   while (alive && !finished) alive = turn(finished);
   if (!alive && grid.error.empty()) grid.error = who_waits();
+  for (auto& f : grid.fibers) {
+    if (grid.error.empty() && !f->stores.empty())
+      grid.error = words("block ", f->block->index, ", thread ", f->thread, ": the thread ended with a store under way");
+  }
   for (auto& b : grid.running) {
     for (auto& w : b->warps) {
       if (grid.error.empty() && (!w.open.empty() || !w.committed.empty()))
@@ -283,7 +312,7 @@ inline void run_blocks(int first, int last, int threads, uint32_t bytes) {
 }
 
 inline void launch(const std::function<void()>& kernel, int blocks, int threads, uint32_t bytes) {
-  grid.blocks = blocks, grid.kernel = &kernel, grid.error.clear();
+  grid.blocks = blocks, grid.kernel = &kernel, grid.error.clear(), grid.stored.clear(), grid.signals.clear();
   grid.random.seed(settings.seed);
   for (int first = 0; first < blocks; first += settings.multiprocessors)
     run_blocks(first, std::min(blocks, first + settings.multiprocessors), threads, bytes);

@@ -68,6 +68,12 @@ inline void check_pieces(uint32_t address, uint32_t bytes, const char* does, boo
   }
 }
 
+// Nobody may write where a store comes from before it has read.
+inline void check_unread(uint32_t address, uint32_t bytes, const char* does) {
+  for (uint32_t piece = (address - kSharedStart) / 16; piece <= (address - kSharedStart + bytes - 1) / 16; ++piece)
+    require(!block().leaving[piece], does, " shared memory at ", address, " that a store has not read yet");
+}
+
 inline void mark_unfenced(uint32_t address, uint32_t bytes) {
   for (uint32_t piece = (address - kSharedStart) / 16; piece <= (address - kSharedStart + bytes - 1) / 16; ++piece) {
     block().unfenced[piece] = self().thread + 1;
@@ -121,6 +127,7 @@ inline void copy(uint32_t address, uint32_t bytes, uint32_t barrier_address, std
   Block* b = &block();
   barrier_at(barrier_address);
   check_pieces(address, bytes, "a copy overwrites", true);
+  check_unread(address, bytes, "a copy overwrites");
   memset(at(address), 0xff, bytes);
   for (uint32_t piece = 0; piece < bytes / 16; ++piece) ++b->arriving[(address - kSharedStart) / 16 + piece];
   b->copies.push_back({[=] {
@@ -273,8 +280,8 @@ inline void compute(Product& p) {
     const Matrix matrix(p.a);
     for (int r = 0; r < 16; ++r) {
       for (int k = 0; k < 16; ++k) {
-        const uint32_t address = matrix.along(row0 + r, k);
-        if (k % 8 == 0) check_pieces(address, 16, "wgmma reads A in", true);
+        const uint32_t address = p.across_a ? matrix.across(row0 + r, k) : matrix.along(row0 + r, k);
+        if ((p.across_a ? r : k) % 8 == 0) check_pieces(address, 16, "wgmma reads A in", true);
         a[r][k] = element(p.dtype, at(address));
       }
     }

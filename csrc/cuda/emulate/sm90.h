@@ -10,6 +10,7 @@
 
 #include "machine.h"
 #include "multiply.h"
+#include "stores.h"
 
 namespace longvita::sm90 {
 
@@ -56,6 +57,7 @@ template <class T> void shared_store(T* at, const T& value) {
   const uint32_t address = shared_address(at);
   require(address % alignof(T) == 0, "a store to shared memory at ", address, ", not aligned to ", alignof(T));
   emulate::check_pieces(address, sizeof(T), "writes", false);
+  emulate::check_unread(address, sizeof(T), "writes");
   emulate::mark_unfenced(address, sizeof(T));
   *at = value;
 }
@@ -80,6 +82,19 @@ inline int global_add(int* at, int value) {
   return before;
 }
 
+inline void wait_at_least(const int* at, int value) {
+  emulate::check_global(at, sizeof(int), alignof(int), false);
+  emulate::Signal& signal = emulate::grid.signals[at];
+  while (*at < value) emulate::wait(signal.gate, "a number in global memory to be at least", uint64_t(value));
+  emulate::merge(emulate::self().accesses_after, signal.known);
+}
+inline void raise(int* at) {
+  emulate::check_global(at, sizeof(int), alignof(int), true);
+  emulate::Signal& signal = emulate::grid.signals[at];
+  emulate::merge(signal.known, emulate::self().accesses_after);
+  ++*at, ++signal.gate.passed;
+}
+
 inline void named_arrive(int id, int threads) {
   emulate::Meeting& m = emulate::block().named[id];
   require(id >= 0 && id < 16 && threads % 32 == 0, "named barrier ", id, " of ", threads, " threads");
@@ -99,6 +114,13 @@ inline void warp_sync() { emulate::meet("warp_sync"); }
 inline uint32_t shuffle_xor(uint32_t x, int mask) { return emulate::exchange(x, thread() % 32 ^ mask); }
 inline float shuffle_xor(float x, int mask) { return float_of_bits(shuffle_xor(bits_of_float(x), mask)); }
 inline int shuffle(int x, int source) { return int(emulate::exchange(uint32_t(x), source)); }
+inline uint32_t warp_match(int x) {
+  uint32_t all[32], same = 0;
+  emulate::exchange_all(uint32_t(x), all);
+  for (int l = 0; l < 32; ++l) same |= uint32_t(all[l] == uint32_t(x)) << l;
+  return same;
+}
+inline int ones(uint32_t bits) { return __builtin_popcount(bits); }
 inline bool warp_any(bool x) {
   bool any = false;
   uint32_t all[32];
@@ -114,6 +136,8 @@ inline void async_fence() {
   }
   f.unfenced.clear();
 }
+
+inline void global_fence() { emulate::merge(emulate::self().stores_after, emulate::self().accesses_after); }
 
 // Every thread that multiplies or loads changes its number once: what all of them ask for must be there.
 template <int N> void registers_change() {
@@ -170,6 +194,24 @@ inline void load_bytes(void* to, const void* from, int bytes, Barrier& b) {
   emulate::copy(address, bytes, shared_address(&b), [=] { memcpy(target, from, bytes); });
 }
 
+inline void store_bytes(void* to, const void* from, int bytes) {
+  emulate::issue_store(static_cast<char*>(to), shared_address(from), uint32_t(bytes), false);
+}
+inline void add_floats(float* to, const float* from, int bytes) {
+  emulate::issue_store(reinterpret_cast<char*>(to), shared_address(from), uint32_t(bytes), true);
+}
+inline void stores_commit() { emulate::commit_stores(); }
+inline void stores_read() { emulate::wait_for_stores(false); }
+inline void stores_wait() { emulate::wait_for_stores(true); }
+
+inline void store_matrices(void* row, const uint32_t* words) {
+  uint32_t rows[32];
+  require(shared_address(row) % 16 == 0, "stmatrix: a row at ", shared_address(row), ", not aligned to 16 bytes");
+  emulate::exchange_all(shared_address(row), rows);
+  for (int i = 0; i < 4; ++i)
+    shared_store(reinterpret_cast<uint32_t*>(emulate::at(rows[8 * i + thread() % 32 / 4])) + thread() % 4, words[i]);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------------- wgmma
 
 inline void multiply_fence() {
@@ -182,11 +224,11 @@ inline void multiply_commit() {
 template <int N> void multiply_wait() {
   if (emulate::meet("wgmma.wait_group")) emulate::finish(N);
 }
-template <class T, int N, bool ACROSS, class A> void multiply(float (&d)[N / 2], A a, uint64_t b, bool add) {
+template <class T, int N, bool ACROSS, bool ACROSS_A = false, class A> void multiply(float (&d)[N / 2], A a, uint64_t b, bool add) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);
   emulate::Product p{};
   p.dtype = std::is_same_v<T, bf16_t> ? DType::bf16 : DType::f16;
-  p.add = add, p.across = ACROSS, p.b = b, p.a_in_registers = !std::is_same_v<A, uint64_t>;
+  p.add = add, p.across = ACROSS, p.across_a = ACROSS_A, p.b = b, p.a_in_registers = !std::is_same_v<A, uint64_t>;
   const uint32_t* registers = nullptr;
   if constexpr (std::is_same_v<A, uint64_t>) p.a = a;
   else registers = a;
