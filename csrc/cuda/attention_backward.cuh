@@ -92,7 +92,7 @@ template <int D, int BLOCK_, int STAGES_, bool SINGLE_ = false> struct BackwardS
 };
 template <int D, bool SINGLE> using KeysShared = BackwardShared<D, kStatsRows, 3, SINGLE>;
 template <int D> using QueriesShared = BackwardShared<D, 128, 2>;
-static_assert(sizeof(KeysShared<128, true>) <= 227 << 10, "a block has 227 KiB of shared memory");
+static_assert(sizeof(KeysShared<128, true>) <= kSharedLimit && sizeof(QueriesShared<128>) <= kSharedLimit);
 
 template <class Shared> LV_DEVICE void backward_init(Shared& s) {
   if (thread() == 0) {

@@ -34,6 +34,7 @@ template <int D> struct ForwardShared {
   TileQueue queue;
   Barrier q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages], tail;
 };
+static_assert(sizeof(ForwardShared<128>) <= kSharedLimit);
 
 template <int D> LV_DEVICE void forward_load(const ForwardParameters& p, ForwardShared<D>& s) {
   Ring<kStages> k_ring, v_ring;

@@ -17,6 +17,7 @@ constexpr int kTile = 128;              // rows of a tile, in every kernel
 constexpr int kStatsRows = 64;          // rows of a slot of the backward's row statistics
 constexpr int kThreads = 384;           // a warpgroup that loads, two that multiply
 constexpr int kConsumerWarps = 8;
+constexpr int kSharedLimit = 227 << 10;        // bytes of shared memory that a block may have
 
 // ------------------------------------------------------------------------------------------------------------------------- documents
 

@@ -12,6 +12,10 @@
 #ifndef LV_EMULATE
 #include <cuda.h>
 #include <cuda_runtime.h>
+
+#include <sstream>
+
+#include "succeed.h"
 #endif
 
 namespace longvita::sm90 {
@@ -52,14 +56,12 @@ void launch(Kernel kernel, const Parameters& p, int64_t blocks, int threads, siz
 
 #else
 
-inline void check_cuda(cudaError_t code, const char* what) {
-  if (code != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(code));
-}
+using longvita::cuda::succeed;
 
 inline int attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  succeed(cudaGetDevice(&device), "asking for the current device");
+  succeed(cudaDeviceGetAttribute(&value, which, device), "asking for an attribute of the device");
   return value;
 }
 inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
@@ -79,14 +81,21 @@ inline auto encode_function() {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
 #if CUDART_VERSION >= 12050
-    check_cuda(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result), name);
+    succeed(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result), name);
 #else
-    check_cuda(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result), name);
+    succeed(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result), name);
 #endif
     if (result != cudaDriverEntryPointSuccess || !found) throw std::runtime_error(std::string("the CUDA driver is too old for ") + name);
     return reinterpret_cast<Encode>(found);
   }();
   return function;
+}
+
+// The driver's own functions need a context, which a thread has only after the runtime gave it one: autograd's threads come without.
+inline void bind_context() {
+  int device = 0;
+  succeed(cudaGetDevice(&device), "asking for the current device");
+  succeed(cudaSetDevice(device), "making the device's context current");
 }
 
 // A map of (tokens, heads, dim) whose boxes are `rows` tokens × `columns` elements of one head, swizzled in 128 bytes.
@@ -95,21 +104,28 @@ inline TensorMap tensor_map(const Rows3& x, DType dtype, int rows, int columns) 
   const cuuint64_t size[3] = {cuuint64_t(x.dim), cuuint64_t(x.heads), cuuint64_t(x.tokens)};
   const cuuint64_t stride[2] = {map_stride(x.heads, x.stride_head, x.dim), map_stride(x.tokens, x.stride_token, x.dim)};
   const cuuint32_t box[3] = {cuuint32_t(columns), 1, cuuint32_t(rows)}, steps[3] = {1, 1, 1};
+  bind_context();
   TensorMap map;
   const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult code = encode_function()(
       reinterpret_cast<CUtensorMap*>(&map), type, 3, x.data, size, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (code != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled failed with error " + std::to_string(int(code)));
+  if (code != CUDA_SUCCESS) {
+    std::ostringstream text;
+    text << "cuTensorMapEncodeTiled failed with error " << int(code) << " for " << x.data << ", sizes " << size[0] << " " << size[1] << " "
+         << size[2] << ", strides " << stride[0] << " " << stride[1] << " bytes, boxes of " << box[0] << " x " << box[2];
+    throw std::runtime_error(text.str());
+  }
   return map;
 }
 
 template <class Kernel, class Parameters>
 void launch(Kernel kernel, const Parameters& p, int64_t blocks, int threads, size_t shared_bytes, void* stream) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), "shared memory of a kernel");
+  check(blocks <= 0x7fffffff, "attention: ", blocks, " blocks are more than a grid has");
+  succeed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), "shared memory of a kernel");
   kernel<<<dim3(unsigned(blocks)), dim3(threads), shared_bytes, cudaStream_t(stream)>>>(p);
-  check_cuda(cudaGetLastError(), "launch of a kernel");
+  succeed(cudaGetLastError(), "launch of a kernel");
 }
 
 #endif

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,17 @@ def test_a_long_document_against_plain_products(spec, backend):
     exact = (*_varlen_paths.blocked_forward(*wide[1:], *arguments), *_varlen_paths.blocked_backward(wide[0], None, *wide[1:], *arguments))
     for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, want, exact, strict=True):
         assert (a.float() - c).norm() <= 1.5 * (b.float() - c).norm() + torch.finfo(torch.bfloat16).eps * c.norm(), name
+
+
+@on(SPEC, "cuda")
+def test_attention_runs_in_a_thread_that_did_nothing_on_the_gpu_before(spec, backend):
+    """Such threads, autograd's among them, have no context for the driver's functions until somebody gives them one."""
+    sample, found = _attention((300, 129)), []
+    expected = varlen_attention(*sample.args)  # and memory that lies ready, so that not even an allocation helps
+    thread = threading.Thread(target=lambda: found.append(varlen_attention(*sample.args)))
+    thread.start()
+    thread.join()
+    testing.assert_bit_equal(found[0], expected)
 
 
 @pytest.mark.usefixtures("either_backward")
