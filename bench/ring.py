@@ -25,6 +25,7 @@ from bench import machine, report, ring_simulation
 from bench.ring_peer import Zigzag
 from longvita_kernels import plan_context_parallel, ring_attention, varlen_attention
 from longvita_kernels.ring import all_to_all, transport
+from longvita_kernels.ring.attention import AGREEING
 from longvita_kernels.ring.cost import CostModel
 from longvita_kernels.ring.peer_copies import PeerCopies
 
@@ -157,7 +158,7 @@ def _member(rank, count, folder, chosen, arguments):
 
         group = CudaIpc()
     else:
-        group = transport.of(None)
+        group = transport.of(None, torch.device(arguments.device))
     found = [_measure(case, group, arguments) for case in chosen]
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
@@ -172,7 +173,7 @@ class _Counted:
         self.rank, self.size, self.name, self.eager = group.rank, group.size, group.name, group.eager
 
     def exchange(self, step, sends, receives, tag=0):
-        if step != "comparing arguments":
+        if step != AGREEING:
             self.sent += sum(tensor.numel() * tensor.element_size() for _, tensor in sends)
         return self.group.exchange(step, sends, receives, tag)
 

@@ -2,6 +2,9 @@
 
 The public functions are in `__all__`. Each op lives in `longvita_kernels.ops.<its name>`, ring attention in `longvita_kernels.ring`, and
 all are imported when they are first used, so that `import longvita_kernels` costs nothing: no torch, no native library, no compiler.
+
+A process may fork after it has called an op, but the child must stay on one thread (`torch.set_num_threads(1)`, as a DataLoader's worker is
+anyway): with more it hangs, as it would in torch's own ops, because the threads of libgomp do not survive a fork.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What an op promises, as data: `OpSpec`. Tests and opcheck take everything from it; benchmarks will.
+"""What an op promises, as data: `OpSpec`. Tests, opcheck and benchmarks start from it.
 
 Every op module ends with `SPEC = OpSpec(...)`; `all_specs()` finds them.
 """

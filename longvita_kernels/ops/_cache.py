@@ -74,6 +74,11 @@ def _check_scales(k_cache, k_scale, v_scale):
             _common.check_device(name, scale, "k_cache", k_cache)
 
 
+def holds_nothing(k_cache, block_table):
+    """Whether no sequence can have a token: then there may be no address to give to a kernel."""
+    return k_cache.numel() == 0 or (block_table is not None and block_table.numel() == 0)
+
+
 def check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, tokens, *, appended):
     """The values: every sequence fits its cache, every block it uses exists. `appended`: the lengths do not count the new tokens yet."""
     _common.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, tokens)
@@ -97,11 +102,11 @@ def check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, tokens, *, 
 
 def gather(cache, scale, block_table, b, length, dtype):
     """First `length` tokens of sequence b as (length, Hkv, D), dequantised, in `dtype` (for 8 bits the product is formed in float32)."""
-    rows = [cache[b]] if block_table is None else cache[block_table[b, : -(-length // cache.shape[1])].long()]
-    values = rows[0][:length] if block_table is None else rows.flatten(0, 1)[:length]
+    blocks = None if block_table is None else block_table[b, : -(-length // max(cache.shape[1], 1))].long()
+    values = cache[b][:length] if block_table is None else cache[blocks].flatten(0, 1)[:length]
     if scale is None:
         return values.to(dtype)
-    factors = scale[b] if block_table is None else scale[block_table[b, : -(-length // cache.shape[1])].long()].flatten(0, 1)
+    factors = scale[b] if block_table is None else scale[blocks].flatten(0, 1)
     wide = torch.promote_types(dtype, torch.float32)
     return (values.to(wide) * factors[:length, :, None].to(wide)).to(dtype)
 

@@ -323,6 +323,16 @@ def check_attention_options(window_size, softcap, softmax_scale):
         raise ValueError(f"softmax_scale is {softmax_scale}; expected a finite number, or None for 1 / sqrt(D)")
 
 
+_NO_LIMIT = 2**31 - 1  # tokens are counted in int32: no key lies so far from a query
+
+
+def window_limits(window_size):
+    """(left, right) as kernels take it: a side that hides nothing is −1. Sums with sys.maxsize would overflow there."""
+    if window_size == (-1, -1):
+        return window_size
+    return tuple(-1 if limit >= _NO_LIMIT else limit for limit in window_size)
+
+
 def checks_values(tensor):
     """Whether values may be looked at: always on CPU; elsewhere only with LONGVITA_CHECK=1, because it synchronises."""
     return tensor.device.type == "cpu" or os.environ.get("LONGVITA_CHECK") == "1"

@@ -9,6 +9,7 @@
 """
 
 import torch
+from torch.autograd.graph import increment_version
 
 from longvita_kernels import backends, native
 from longvita_kernels.ops import _cache, _common
@@ -74,9 +75,10 @@ def _triton():
 
 def _append_impl(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale):
     backend = backends.choose("append_kv", k, native_cannot(k_cache=k_cache))
-    if backend != "native" or k.shape[0] == 0:  # the native kernel does so itself
+    nothing = k.shape[0] == 0 or _cache.holds_nothing(k_cache, block_table)
+    if backend != "native" or nothing:  # the native kernel does so itself
         _cache.check_lengths(cu_seqlens_q, cache_seqlens, k_cache, block_table, k.shape[0], appended=True)
-    if k.shape[0] == 0 or k_cache.numel() == 0:
+    if nothing:
         return
     if backend in ("reference", "torch"):  # the definition is the best way inside torch: each of the two is read and written once
         with torch.no_grad():
@@ -84,12 +86,16 @@ def _append_impl(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_tabl
         return
     cu_seqlens_q, cache_seqlens = cu_seqlens_q.contiguous(), cache_seqlens.contiguous()
     if backend == "triton":
-        return _triton().append(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
-    native.load().append_kv(
-        native.dtype_code(k.dtype), k.shape[0], k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(),
-        *_cache.native_arguments(k_cache, v_cache, block_table, k_scale, v_scale),
-        cache_seqlens.shape[0], cu_seqlens_q.data_ptr(), cache_seqlens.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        _triton().append(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
+    else:
+        native.load().append_kv(
+            native.dtype_code(k.dtype), k.shape[0], k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(),
+            *_cache.native_arguments(k_cache, v_cache, block_table, k_scale, v_scale),
+            cache_seqlens.shape[0], cu_seqlens_q.data_ptr(), cache_seqlens.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    written = (k_cache, v_cache) if k_scale is None else (k_cache, v_cache, k_scale, v_scale)
+    # so that autograd, which sees no kernel write, refuses what it has saved of them before (inference tensors have no version)
+    increment_version([x for x in written if not x.is_inference()])
 
 
 def _append_fake(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale):

@@ -213,11 +213,11 @@ def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap,
     """Sum of the losses of `rows`, their statistics and, unscaled and in float32, the gradients that `needs` asks for; or, with `keep`, the
     bytes of each (`_kept_bytes`), an empty tensor and the gradients of the logits."""
     _logit_chunks.check_labels(labels, rows, ignore_index, weight.shape[0])
-    loss, statistics, grad_rows, grad_weight = _loss_fake(
-        hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, keep
-    )
     backend = backends.choose("linear_cross_entropy", hidden)
     if backend == "triton":
+        loss, statistics, grad_rows, grad_weight = _loss_fake(
+            hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, keep
+        )
         _triton().loss_pass(
             hidden, weight, rows, labels, loss_weight, ignore_index, softcap, z_loss, label_smoothing, needs, statistics.zero_(), grad_rows,
             grad_weight, keep,
@@ -240,11 +240,11 @@ def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap,
         found = torch.empty(5, kept.shape[0], dtype=torch.float32)
         grads = _logit_chunks.run_native(hidden, weight, picked, labels, softcap, found, **options, keep=keep)
     row_loss = _row_loss(found, weight.shape[0], z_loss, label_smoothing)
-    loss.copy_((row_loss if weight_R is None else row_loss * weight_R).sum())
-    statistics.zero_().index_copy_(1, kept, found)
+    loss = (row_loss if weight_R is None else row_loss * weight_R).sum()
+    statistics = found.new_zeros(5, rows.shape[0]).index_copy_(1, kept, found)
     if keep:
-        return loss, statistics, grad_rows, _spread(grads, kept, rows)
-    return loss, statistics, _spread(grads[0], kept, rows) if needs[0] else grad_rows, grads[1] if needs[1] else grad_weight
+        return loss, statistics, _common.absent(hidden), _spread(grads, kept, rows)
+    return loss, statistics, _spread(grads[0], kept, rows) if needs[0] else grads[0], grads[1]
 
 
 def _spread(values_KN, kept, rows):
@@ -279,8 +279,8 @@ def _loss_fake(hidden, weight, rows, labels, loss_weight, ignore_index, softcap,
     if keep:
         grads = _common.absent(hidden), hidden.new_empty(rows.shape[0], weight.shape[0], dtype=_logit_chunks.kept_dtype(keep))
     else:
-        sizes = (rows.shape[0] if needs[0] else 0, weight.shape[0] if needs[1] else 0)
-        grads = (hidden.new_empty(size, hidden.shape[1], dtype=dtype) for size in sizes)
+        sizes = zip((rows.shape[0], weight.shape[0]), needs, strict=True)
+        grads = (hidden.new_empty(size, hidden.shape[1], dtype=dtype) if need else _common.absent(hidden) for size, need in sizes)
     return hidden.new_empty((), dtype=dtype), hidden.new_empty(5, rows.shape[0], dtype=dtype), *grads
 
 

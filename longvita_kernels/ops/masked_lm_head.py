@@ -38,9 +38,9 @@ def masked_lm_head(hidden, weight, rows):
     rows           int64 (M,), in any order, repeats allowed; or bool (T,), True where logits are wanted (synchronises on a GPU)
     → logits (M, V) in hidden's dtype, accumulated in float32. hidden and weight take gradients; one that is frozen costs nothing.
 
-    Memory beside inputs and outputs: about 7.7 MiB a thread, kept for the next call; backward, when hidden takes a gradient, M × H float32.
-    Autocast casts hidden and weight like `linear`. Raises ValueError for shapes, dtypes, devices or strides that do not fit and, on the
-    CPU, for a row outside 0 … T−1.
+    Memory beside inputs and outputs: about 7.7 MiB a thread, kept for the next call; backward, when hidden takes a gradient, M × H float32
+    and T int64. Autocast casts hidden and weight like `linear`. Raises ValueError for shapes, dtypes, devices or strides that do not fit
+    and, on the CPU, for a row outside 0 … T−1.
     """
     hidden, weight = _common.autocast_tensors(hidden, weight)
     _common.check_shape("hidden", hidden, (None, None), "(T, H)")

@@ -50,22 +50,19 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, plan, group, to_heads):
         ctx.plan, ctx.group, ctx.to_heads = plan, group, to_heads
-        return (_to_heads if to_heads else _to_tokens)(x, plan, group, "forward")
+        return (_to_heads if to_heads else _to_tokens)(x, plan, group, "ring_attention, forward")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return (_to_tokens if ctx.to_heads else _to_heads)(grad, ctx.plan, ctx.group, "backward"), None, None, None
+        grad = (_to_tokens if ctx.to_heads else _to_heads)(grad, ctx.plan, ctx.group, "ring_attention, backward")
+        return grad, None, None, None
 
 
 def _to_heads(x, plan, group, name):
     parts = [x.new_empty((tokens, *x.shape[2:])) for tokens in plan.tokens.tolist()]
     _swap([x[:, rank].contiguous() for rank in range(plan.world_size)], parts, group, f"{name}, heads for tokens")
-    whole = x.new_empty((plan.total_tokens, *x.shape[2:]))
-    for part, slices in zip(parts, plan.slices, strict=True):
-        for (a, b), rows in zip(slices.tolist(), part.split((slices[:, 1] - slices[:, 0]).tolist()), strict=True):
-            whole[a:b] = rows
-    return whole
+    return plan.joined(parts)
 
 
 def _to_tokens(x, plan, group, name):

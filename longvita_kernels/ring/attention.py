@@ -22,8 +22,10 @@ from longvita_kernels.ops.merge_attention import merge_attention
 from longvita_kernels.ring import all_to_all, partial, transport
 from longvita_kernels.ring.cost import CostModel
 from longvita_kernels.ring.plan import ContextParallelPlan
+from longvita_kernels.ring.ranges import put, take
 
 MODES = ("auto", "ring", "all_to_all")
+AGREEING = "ring_attention, comparing arguments"  # the step in which nothing of the call itself travels
 LAG = 4  # ticks that a rank computes on while gradients have not left, or have not come back: so many steps' may wait in memory
 
 
@@ -44,7 +46,7 @@ def ring_attention(q, k, v, plan, *, group=None, softmax_scale=None, return_lse=
     sent: the first call of a kind compares plans, shapes and dtypes. RuntimeError, within the group's time-out, naming peer and step, when
     a rank is gone or hangs (NCCL: at 90 % of it, before its watchdog ends the process; the peer is one of those of that step).
     """
-    group = transport.of(group)
+    group = transport.of(group, q.device)
     q, k, v = _common.autocast_tensors(q, k, v)
     problem = _problem(q, k, v, plan, group, softmax_scale, mode)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None or problem else float(softmax_scale)
@@ -106,7 +108,7 @@ def _agree(q, k, v, plan, group, scale, mode, problem):
         numbers = [1, plan.fingerprint, q.shape[1], k.shape[1], q.shape[2], dtype, bits, MODES.index(mode), wanted]
     mine = torch.tensor(numbers, dtype=torch.int64, device=q.device)
     everyone = {rank: torch.empty_like(mine) for rank in range(group.size) if rank != group.rank}
-    group.exchange("comparing arguments", [(rank, mine) for rank in everyone], list(everyone.items())).finish()
+    group.exchange(AGREEING, [(rank, mine) for rank in everyone], list(everyone.items())).finish()
     if problem is not None:
         raise problem
     for rank, theirs in everyone.items():
@@ -160,20 +162,20 @@ def _forward(q, k, v, plan, program, group, scale):
     """out (q's dtype), lse and its rest."""
     calls = sum(len(step.calls) for step in program.steps)
     wide = partial.dtype_of(q)
-    traffic = _Traffic(k, v, plan.routes, program, group, "forward")
+    traffic = _Traffic(k, v, plan.routes, program, group, "ring_attention, forward")
     out = total = None  # total: the log-sum-exp so far in float64. Rounded at every merge, its errors would show in the gradients
     for tick, step in enumerate(program.steps):
         traffic.advance(tick)
         for call in step.calls:
             keys, values = traffic.take(tick, call.keys)
-            part, lse, rest = partial.forward(_take(q, call.queries), keys, values, call, scale, q.dtype if calls == 1 else wide)
+            part, lse, rest = partial.forward(take(q, call.queries), keys, values, call, scale, q.dtype if calls == 1 else wide)
             if out is None:  # the own keys, which all queries see: nothing to merge with yet
                 out, total = part, lse.double() + rest
                 continue
-            before = _take(total.T, call.queries).T
-            merged, _ = merge_attention(_take(out, call.queries), before.to(wide), part, lse)
-            _put(out, call.queries, merged)
-            _put(total.T, call.queries, torch.logaddexp(before, lse.double() + rest).T)
+            before = take(total.T, call.queries).T
+            merged, _ = merge_attention(take(out, call.queries), before.to(wide), part, lse)
+            put(out, call.queries, merged)
+            put(total.T, call.queries, torch.logaddexp(before, lse.double() + rest).T)
     traffic.finish()
     if out is None:  # no tokens
         out, total = q.new_zeros(q.shape), q.new_zeros((q.shape[1], 0), dtype=torch.float64)
@@ -183,14 +185,14 @@ def _forward(q, k, v, plan, program, group, scale):
 
 def _backward(ctx, grad_out, grad_lse, q, k, v, out, lse, lse_rest, program, needs):
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-    traffic = _Traffic(k, v, ctx.plan.routes, program, ctx.group, "backward", gradients=needs[1] or needs[2])
+    traffic = _Traffic(k, v, ctx.plan.routes, program, ctx.group, "ring_attention, backward", gradients=needs[1] or needs[2])
     dq = q.new_zeros(q.shape, dtype=partial.dtype_of(q)) if needs[0] else None
     for tick in range(traffic.ticks):
         traffic.advance(tick)
         for call in program.steps[tick].calls if tick < len(program.steps) else ():
             queries = call.queries
-            rows = [_take(x, queries) for x in (grad_out, q, out)]
-            of_lse = [None if x is None else _take(x.T, queries).T for x in (grad_lse, lse, lse_rest)]
+            rows = [take(x, queries) for x in (grad_out, q, out)]
+            of_lse = [None if x is None else take(x.T, queries).T for x in (grad_lse, lse, lse_rest)]
             keys, values = traffic.take(tick, call.keys)
             dkv = [traffic.gradients(tick)[:, i - 1] if needs[i] else None for i in (1, 2)]
             partial.backward(rows[0], of_lse[0], rows[1], keys, values, rows[2], *of_lse[1:], call, ctx.scale, dq, *dkv)
@@ -201,18 +203,6 @@ def _backward(ctx, grad_out, grad_lse, q, k, v, out, lse, lse_rest, program, nee
         dkv[:, 0].to(k.dtype) if needs[1] else None,
         dkv[:, 1].to(v.dtype) if needs[2] else None,
     ]
-
-
-def _take(x, ranges):
-    """The rows of these ranges, end to end; a view where there is one range."""
-    if len(ranges) == 1:
-        return x[ranges[0][0] : ranges[0][1]]
-    return torch.cat([x[a:b] for a, b in ranges])
-
-
-def _put(x, ranges, rows):
-    for (a, b), part in zip(ranges, rows.split([b - a for a, b in ranges]), strict=True):
-        x[a:b] = part
 
 
 class _Traffic:
@@ -254,8 +244,8 @@ class _Traffic:
     def take(self, step, ranges):
         """(keys, values) of these ranges of a step's buffer."""
         if step == 0:
-            return _take(self.k, ranges), _take(self.v, ranges)
-        rows = _take(self.buffers[step], ranges)
+            return take(self.k, ranges), take(self.v, ranges)
+        rows = take(self.buffers[step], ranges)
         return rows[:, 0], rows[:, 1]
 
     def gradients(self, step):

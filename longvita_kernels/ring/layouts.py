@@ -11,11 +11,9 @@ T: packed tokens. W: ranks. Positions are packed (0 to T) where nothing else is 
 
 import numpy as np
 
-BLOCK = 128  # starting points that are tried lie so far apart, at document boundaries where there are any
-BLOCKS = (
-    2048,
-    8,
-)  # … or further apart, so many in all or so many a rank, for planning takes milliseconds at any length; closer in small rows
+BLOCK = 128  # starting points that are tried lie so far apart (closer in small rows), at document boundaries where there are any
+# … further apart where there would be more of them than so many and, a rank, so many: planning takes milliseconds at any length
+BLOCKS, BLOCKS_A_RANK = 2048, 8
 EXACT, LOOSE = 0.002, 0.02  # an arc may miss the mean area by so much; by the second figure only where that halves what it must receive
 FINE = 32  # starting points tried between two of those
 CUT = 64  # what a further slice costs, in tokens to receive
@@ -25,7 +23,8 @@ class Documents:
     """Packed documents and what a query sees: `left` keys before itself and `right` after, −1: all."""
 
     def __init__(self, offsets, left, right):
-        self.offsets, self.left, self.right = offsets, left, right
+        # a larger window shows no more, and sums with it could overflow
+        self.offsets, self.left, self.right = offsets, *(min(limit, int(offsets[-1])) for limit in (left, right))
         self.lengths = np.diff(offsets)
         self._areas_before = np.concatenate(([0], np.cumsum(self.area_of_head(self.lengths, self.lengths))))
 
@@ -107,7 +106,7 @@ def joined(ranges):
 def _block_starts(documents, world_size):
     """One starting point in each block of the packed row: the first document boundary in it, else its beginning."""
     tokens = documents.tokens
-    most = max(BLOCKS[0], BLOCKS[1] * world_size)
+    most = max(BLOCKS, BLOCKS_A_RANK * world_size)
     block = max(1, min(BLOCK, tokens // (16 * world_size)), -(-tokens // most))
     starts = np.arange(0, tokens, block)
     boundaries = documents.offsets[(documents.offsets > 0) & (documents.offsets < tokens)]

@@ -10,6 +10,7 @@ import torch
 
 from longvita_kernels.ops import _common, _varlen_paths
 from longvita_kernels.ops import varlen_attention as varlen
+from longvita_kernels.ring.ranges import add
 
 
 def dtype_of(tensor):
@@ -62,9 +63,3 @@ def _place(x, ranges):
     if len(ranges) == 1:
         return x[ranges[0][0] : ranges[0][1]]
     return x.new_zeros(sum(b - a for a, b in ranges), *x.shape[1:])
-
-
-def add(x, ranges, rows):
-    """Add rows, end to end, to these ranges of x."""
-    for (a, b), part in zip(ranges, rows.split([b - a for a, b in ranges]), strict=True):
-        x[a:b] += part

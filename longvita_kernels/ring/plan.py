@@ -18,6 +18,7 @@ import torch
 from longvita_kernels.ops import _common
 from longvita_kernels.ring import layouts, transport
 from longvita_kernels.ring.programs import write_program
+from longvita_kernels.ring.ranges import put
 from longvita_kernels.ring.routes import find_routes
 
 LAYOUTS = ("balanced", "zigzag", "contiguous")
@@ -153,11 +154,18 @@ class ContextParallelPlan:
 
         Differentiable: each rank's gradient is the sum, over all ranks, of what they did with its tokens.
         """
-        group = transport.of(group)
+        group = transport.of(group, local.device)
         self.check_group(group)
         if local.shape[0] != self.tokens[group.rank]:
             raise ValueError(f"local has {local.shape[0]} tokens; expected the {self.tokens[group.rank]} that rank {group.rank} owns")
         return _Unshard.apply(local, self, group)
+
+    def joined(self, shards):
+        """All tokens, in packed order, from the shards of all ranks, by rank."""
+        whole = shards[0].new_empty((self.total_tokens, *shards[0].shape[1:]))
+        for ranges, shard in zip(self.slices, shards, strict=True):
+            put(whole, ranges.tolist(), shard)
+        return whole
 
     def position_ids(self, rank, device=None):
         """(tokens of the rank,) int64: each token's position in its document."""
@@ -232,17 +240,12 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, local, plan, group):
         ctx.plan, ctx.group = plan, group
-        peers = [rank for rank in range(plan.world_size) if rank != group.rank]
         local = local.contiguous()
-        parts = {rank: local.new_empty((int(plan.tokens[rank]), *local.shape[1:])) for rank in peers}
+        shards = [local if rank == group.rank else local.new_empty((n, *local.shape[1:])) for rank, n in enumerate(plan.tokens.tolist())]
+        peers = [rank for rank in range(plan.world_size) if rank != group.rank]
         sends = [(rank, local) for rank in peers] if len(local) else []
-        group.exchange("unshard", sends, [(rank, part) for rank, part in parts.items() if len(part)]).finish()
-        parts[group.rank] = local
-        whole = local.new_empty((plan.total_tokens, *local.shape[1:]))
-        for rank, part in parts.items():
-            for (a, b), piece in zip(plan.slices[rank].tolist(), part.split(np.diff(plan.slices[rank])[:, 0].tolist()), strict=True):
-                whole[a:b] = piece
-        return whole
+        group.exchange("unshard", sends, [(rank, shards[rank]) for rank in peers if len(shards[rank])]).finish()
+        return plan.joined(shards)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -254,4 +257,4 @@ class _Unshard(torch.autograd.Function):
         sends = [(rank, plan.shard(grad, rank).contiguous()) for rank in peers if plan.tokens[rank]]
         group.exchange("unshard, backward", sends, list(found.items()) if len(own) else []).finish()
         found[group.rank] = own
-        return sum(found[rank] for rank in range(plan.world_size)).to(grad.dtype), None, None
+        return sum(found[rank].to(own.dtype) for rank in range(plan.world_size)).to(grad.dtype), None, None

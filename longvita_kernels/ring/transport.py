@@ -14,15 +14,15 @@ _PATIENCE = 0.9  # of the group's time-out: NCCL's own watchdog, which knows nei
 _NAP = 20e-6  # seconds between two looks at a transfer: what a step may lose that waits for its keys
 
 
-def of(group):
-    """The transport of a process group; of the default group for None."""
-    return group if hasattr(group, "exchange") else ProcessGroup(group)
+def of(group, device):
+    """The transport of a process group for tensors on such a device; of the default group for None."""
+    return group if hasattr(group, "exchange") else ProcessGroup(group, device)
 
 
 class ProcessGroup:
-    """A torch.distributed group."""
+    """A torch.distributed group. It may have one backend for each kind of device; `device` says whose tensors are meant."""
 
-    def __init__(self, group=None):
+    def __init__(self, group=None, device="cpu"):
         if not dist.is_available() or not dist.is_initialized():
             raise ValueError("there is no process group; call torch.distributed.init_process_group first, and run one process a rank")
         self.group = dist.group.WORLD if group is None else group
@@ -30,9 +30,10 @@ class ProcessGroup:
         if self.rank < 0:
             raise ValueError("this process is no member of the group that it was given; only its members take part")
 
+        backend = _backend(self.group, device)
         # NCCL runs what it is given one after the other: a send that is received much later would hold up everything behind it
-        self.eager = dist.get_backend(self.group) == "gloo"
-        self._time_out = None if self.eager else _time_out(self.group)
+        self.eager = backend.name() == "gloo"
+        self._time_out = None if self.eager else _time_out(backend)
 
     @property
     def name(self):
@@ -63,12 +64,22 @@ class ProcessGroup:
         return None if self._time_out is None else time.monotonic() + _PATIENCE * self._time_out
 
     def failed(self, step, what):
-        return f"ring_attention, rank {self.rank} of {self.size}, {step}: {what} failed; a peer has died, hangs, or called something else"
+        return f"rank {self.rank} of {self.size}, {step}: {what} failed; a peer has died, hangs, or called something else"
 
 
-def _time_out(group, device="cuda"):
-    """Seconds that a group gives an operation on such a device."""
-    return group._get_backend(torch.device(device)).options._timeout.total_seconds()
+def _backend(group, device):
+    """What carries a group's tensors on such a device. `dist.get_backend` names one for all devices, "undefined" where nobody named any."""
+    try:
+        return group._get_backend(torch.device(device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"the group has no backend for tensors on {device}; give it one when it is made (backend='cpu:gloo,cuda:nccl') or move them"
+        ) from error
+
+
+def _time_out(backend):
+    """Seconds that it gives an operation."""
+    return backend.options._timeout.total_seconds()
 
 
 class Transfers:

@@ -100,6 +100,27 @@ def test_keys_that_need_a_gradient_are_stored_without_it():
     assert not caches[0].requires_grad and (caches[0][0, 0] == k).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_writing_is_seen_by_autograd(dtype):
+    k, caches = torch.ones(1, 1, 32), _cache(1, 2, 1, 32, dtype=dtype)
+    scales = {} if dtype == torch.float32 else {"k_scale": torch.ones(1, 2, 1), "v_scale": torch.ones(1, 2, 1)}
+    x = torch.ones(1, 2, 1, requires_grad=True)
+    saved = [(x.unsqueeze(-1) * cache).sum() for cache in caches] if dtype == torch.float32 else [(x * s).sum() for s in scales.values()]
+    before = [tensor._version for tensor in (*caches, *scales.values())]
+    append_kv(k, k, *caches, _int32(0, 1), _int32(1), **scales)
+    assert all(tensor._version > old for tensor, old in zip((*caches, *scales.values()), before, strict=True))
+    for result in saved:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.backward()
+
+
+def test_tensors_of_inference_mode_have_no_version_to_count():
+    with torch.inference_mode():
+        caches = _cache(1, 2, 1, 32)
+        append_kv(torch.ones(1, 1, 32), torch.ones(1, 1, 32), *caches, _int32(0, 1), _int32(1))
+    assert (caches[0][0, 1] == 1).all() and (caches[0][0, 0] == 7).all()
+
+
 def _call(**change):
     arguments = {
         "k": torch.zeros(3, 2, 32), "v": torch.zeros(3, 2, 32), "k_cache": torch.zeros(2, 4, 2, 32), "v_cache": torch.zeros(2, 4, 2, 32),
@@ -125,12 +146,21 @@ def _call(**change):
         ({"cu_seqlens_q": _int32(1, 2, 3)}, r"cu_seqlens_q starts at 1; expected 0"),
         ({"k_scale": torch.zeros(2, 4, 2), "v_scale": torch.zeros(2, 4, 2)}, r"dtype torch.float32 and k_scale and v_scale was given"),
         ({"block_table": _int32(0, 1)}, r"block_table has shape \(2,\); expected \(B, n\)"),
+        ({"k_cache": torch.zeros(2, 0, 2, 32), "v_cache": torch.zeros(2, 0, 2, 32)}, r"sequence 0 has 1 tokens .* holds 0 to 0"),
+        ({"block_table": torch.zeros(2, 0, dtype=torch.int32)}, r"sequence 0 has 1 tokens in the cache and 2 new ones.* holds 0 to 0"),
         ({"block_table": torch.tensor([[0], [2]], dtype=torch.int32)}, r"block_table: sequence 1 uses block 2; expected 0 to 1"),
     ],
 )
 def test_wrong_arguments_are_explained(change, message):
     with pytest.raises(ValueError, match=message):
         _call(**change)
+
+
+def test_a_cache_without_room_takes_nothing():
+    k, cache = torch.zeros(1, 2, 32), torch.zeros(1, 0, 2, 32)
+    append_kv(k[:0], k[:0], cache, cache, _int32(0, 0), _int32(0))
+    with pytest.raises(ValueError, match="sequence 0 has 0 tokens in the cache and 1 new ones, but its cache holds 0 to 0"):
+        append_kv(k, k, cache, cache, _int32(0, 1), _int32(0))
 
 
 def test_an_8_bit_cache_needs_both_scales():

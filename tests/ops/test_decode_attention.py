@@ -1,5 +1,7 @@
 """decode_attention beyond its spec: equality with whole attention, chunks, layouts, isolation, splits, errors."""
 
+import sys
+
 import pytest
 import torch
 
@@ -87,6 +89,34 @@ def test_queries_without_keys_give_zero(backend):
     assert (out[[0, 2]] == 0).all() and (lse[:, [0, 2]] == -float("inf")).all()
     torch.testing.assert_close(out[1], cache[0, 0])
     assert lse[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [(2, 0), (0, 4), (3, 0), (3, 4)])
+def test_a_cache_without_room(backend, rows):
+    """In rows; in pages, of which there are none, or without room, or without a column of the table."""
+    q, cache, table = torch.randn(3, 2, 32), torch.randn(*rows, 2, 32), torch.zeros(2, 0 if rows == (3, 4) else 1, dtype=torch.int32)
+    table = None if rows == (2, 0) else table
+    for return_lse in (True, False):
+        found = decode_attention(q, cache, cache, _int32(0, 2, 3), _int32(0, 0), block_table=table, return_lse=return_lse)
+        out, lse = found if return_lse else (found, None)
+        assert out.shape == q.shape and not out.any()
+        assert lse is None or (lse.shape == (2, 3) and (lse == -torch.inf).all())
+    message = "uses block 0; expected 0 to -1" if rows == (0, 4) else "sequence 1 has length 1, but its cache holds 0 to 0"
+    with pytest.raises(ValueError, match=message):
+        decode_attention(q, cache, cache, _int32(0, 2, 3), _int32(0, 1), block_table=table)
+
+
+def test_windows_beyond_every_number_of_tokens_hide_nothing(backend):
+    q, k, v = torch.randn(3, 2, 32), torch.randn(1, 9, 2, 32), torch.randn(1, 9, 2, 32)
+    whole = decode_attention(q, k, v, _int32(0, 3), _int32(9), causal=False)
+    for window in ((sys.maxsize, sys.maxsize), (sys.maxsize, -1), (-1, sys.maxsize)):
+        testing.assert_bit_equal(decode_attention(q, k, v, _int32(0, 3), _int32(9), causal=False, window_size=window), whole)
+    # more queries than keys: the first stand before the cache
+    q = torch.randn(12, 2, 32)
+    for window in ((sys.maxsize, 0), (0, sys.maxsize)):
+        open_side = tuple(-1 if limit else 0 for limit in window)
+        far, none = (decode_attention(q, k, v, _int32(0, 12), _int32(9), causal=False, window_size=w) for w in (window, open_side))
+        testing.assert_bit_equal(far, none)
 
 
 @pytest.mark.parametrize("dtype", _cache.LARGEST_CODE)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longvita_kernels import linear_cross_entropy, testing
+from longvita_kernels import backends, linear_cross_entropy, testing
 from longvita_kernels.spec import all_specs
 
 
@@ -81,6 +81,17 @@ def test_logits_are_never_whole():
         with testing.poisoned_empty() as shapes:
             linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum().backward()
         assert max(torch.Size(shape).numel() for shape in shapes) <= 4 << 20 < labels.numel() * weight.shape[0]
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+def test_gradients_are_allocated_once(backend):
+    hidden, weight, labels = _inputs()
+    hidden.requires_grad_(), weight.requires_grad_()
+    with backends.use(backend), testing.poisoned_empty() as shapes:
+        loss = linear_cross_entropy(hidden, weight, labels)
+    supervised = int((labels != -100).sum())
+    expected = 1 if backend == "native" else 0  # the others start from zeros
+    assert loss.isfinite() and shapes.count((90, 24)) == shapes.count((supervised, 24)) == expected, shapes
 
 
 def test_a_frozen_input_skips_its_gradient():

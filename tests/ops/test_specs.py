@@ -198,6 +198,19 @@ def test_compiles_without_a_graph_break(spec):
 
 
 @each_differentiable_spec
+def test_gradients_of_the_sum_of_nothing(spec, backend):
+    """A sum's gradient is expanded, with strides 0, and `contiguous()` leaves an empty tensor as it is."""
+    empty = [s for s in _samples(spec.name, torch.float32) if any(spec.bind(s)[n].numel() == 0 for n in s.differentiable)]
+    assert empty, "no sample is empty"
+    for sample in empty:
+        arguments = spec.bind(sample)
+        leaves = [arguments[name].detach().requires_grad_() for name in sample.differentiable]
+        outputs = spec.op(**{**arguments, **dict(zip(sample.differentiable, leaves, strict=True))})
+        sum(out.sum() for out in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+        assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves), sample.label
+
+
+@each_differentiable_spec
 def test_second_derivative_is_refused(spec):
     sample = _samples(spec.name, torch.float32)[0]
     arguments = spec.bind(sample)

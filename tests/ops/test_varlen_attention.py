@@ -1,5 +1,7 @@
 """varlen_attention beyond what every OpSpec is tested for: who sees whom, by hand; isolation of documents; memory; threads; messages."""
 
+import sys
+
 import pytest
 import torch
 
@@ -37,6 +39,15 @@ def test_causal_is_aligned_bottom_right(backend):
     assert visible(2, 4) == [[0, 1, 2], [0, 1, 2, 3]]
     assert visible(4, 2) == [[], [], [0], [0, 1]]
     assert visible(2, 0) == [[], []]
+
+
+def test_windows_beyond_every_number_of_tokens_hide_nothing(backend):
+    far = sys.maxsize
+    assert visible(2, 3, causal=False, window_size=(far, far)) == [[0, 1, 2], [0, 1, 2]]
+    assert visible(4, 2, causal=False, window_size=(far, 0)) == visible(4, 2)
+    assert visible(2, 4, causal=False, window_size=(0, far)) == visible(2, 4, causal=False, window_size=(0, -1))
+    assert visible(3, 3, causal=False, window_size=(2**31 - 2, 2**31 - 2)) == [[0, 1, 2]] * 3
+    assert visible(3, 3, causal=False, window_size=(2**70, 0)) == visible(3, 3)
 
 
 def test_not_causal_sees_everything(backend):
@@ -195,6 +206,13 @@ def test_broadcast_gradient_and_strided_inputs():
         testing.assert_bit_equal(a, b)
     contiguous = varlen_attention(*(x.detach().contiguous() for x in (q, k, v)), offsets(20, 30))
     testing.assert_bit_equal(out.detach(), contiguous)
+
+
+def test_empty_inputs_may_have_any_strides(backend):
+    q = torch.zeros(32, 2, 3)[..., :0].permute(2, 1, 0).requires_grad_()
+    assert q.stride(-1) != 1
+    varlen_attention(q, q, q, offsets(0)).sum().backward()
+    assert q.grad.shape == (0, 2, 32)
 
 
 def test_offsets_past_two_to_the_31():

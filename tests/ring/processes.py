@@ -24,6 +24,7 @@ from longvita_kernels.ring.attention import _FACTS
 from tests.ring.support import on_one, shards, tensors, with_gradients
 
 WORLD, SIZES, SECONDS, FACTS = 8, (2, 3, 4, 8), 5, len(_FACTS)
+PATIENCE = datetime.timedelta(seconds=120)  # of every group but one; a new group would not take it from the default one
 SHORT = [(37 * i) % 41 for i in range(150)]  # 0 to 40, several times each
 NAMES = ("out", "lse", "dq", "dk", "dv")
 LONG, WINDOW = {"lengths": [1009]}, {"window_size": (70, -1)}
@@ -55,10 +56,10 @@ class Process:
     def __init__(self, folder, rank):
         torch.set_num_threads(1)
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=120)
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=PATIENCE
         )  # fmt: skip
         self.folder, self.rank, self.found, self.sent = Path(folder), rank, {}, 0
-        self.groups = {size: dist.new_group(range(size)) for size in SIZES}
+        self.groups = {size: dist.new_group(range(size), timeout=PATIENCE) for size in SIZES}
         self.impatient = dist.new_group(range(3), timeout=datetime.timedelta(seconds=SECONDS))
         start = dist.batch_isend_irecv
 

@@ -6,9 +6,9 @@ import threading
 import torch
 
 from longvita_kernels import varlen_attention
+from longvita_kernels.ring.attention import AGREEING
 
 SECONDS = 60
-AGREEING = "comparing arguments"
 
 
 class Threads:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 import time
 
 import numpy as np
@@ -44,7 +45,7 @@ plans = st.fixed_dictionaries(
         "lengths": st.lists(st.sampled_from([0, 1, 2, 3, 7, 13, 31, 64, 97]), max_size=6),
         "nodes": st.sampled_from([(1, None), (2, None), (3, None), (5, None), (8, None), (4, 2), (6, 3), (8, 4)]),
         "causal": st.booleans(),
-        "window": st.sampled_from([(-1, -1), (0, -1), (5, -1), (40, 3), (-1, 0), (-1, 9), (12, 12)]),
+        "window": st.sampled_from([(-1, -1), (0, -1), (5, -1), (40, 3), (-1, 0), (-1, 9), (12, 12), (sys.maxsize, sys.maxsize)]),
         "layout": st.sampled_from(["balanced", "balanced", "zigzag", "contiguous"]),
     }
 )

@@ -100,8 +100,8 @@ def test_a_lost_peer_ends_the_others_with_its_name_and_the_step(quick, name, los
     """The group of the one that hangs has a time-out of 5 s; all others would wait for 120 s. Less than 100 leaves a busy machine time."""
     said = [json.loads((quick[0] / f"{name}-{rank}.json").read_text()) for rank in range(others)]
     for rank, one in enumerate(said):
-        step = r"(forward|backward), (keys|gradients) of step \d+: (receiving from|sending to) rank \d"
-        form = f"ring_attention, rank {rank} of {others + 1}, {step}"
+        step = r"ring_attention, (forward|backward), (keys|gradients) of step \d+: (receiving from|sending to) rank \d"
+        form = f"rank {rank} of {others + 1}, {step}"
         assert re.match(form, one["said"]), one["said"]
         assert one["seconds"] < 100
     assert any(f"from rank {lost} failed; a peer has died, hangs" in one["said"] for one in said), said

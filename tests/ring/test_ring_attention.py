@@ -1,6 +1,7 @@
 """ring_attention with many ranks in one process (threads): random plans, dtypes, backends, circumstances, messages."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from longvita_kernels.ops import varlen_attention as varlen
 from longvita_kernels.ring import all_to_all, attention, partial
 from longvita_kernels.ring.cost import CostModel
 from longvita_kernels.ring.programs import Call
-from tests.ring.support import AGREEING, Threads, gathered, on_one, shards, tensors, with_gradients
+from tests.ring.support import Threads, gathered, on_one, shards, tensors, with_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def make(lengths, world_size, heads=(4, 2), dim=32, dtype=torch.float32, **optio
     st.lists(st.sampled_from([0, 1, 2, 5, 17, 31, 64, 97]), max_size=5),
     st.sampled_from([(2, None), (3, None), (4, None), (6, None), (4, 2), (6, 3)]),
     st.booleans(),
-    st.sampled_from([(-1, -1), (0, -1), (5, -1), (40, 3), (-1, 9)]),
+    st.sampled_from([(-1, -1), (0, -1), (5, -1), (40, 3), (-1, 9), (sys.maxsize, sys.maxsize)]),
     st.sampled_from(["balanced", "balanced", "zigzag", "contiguous"]),
     st.sampled_from([(2, 1), (5, 1), (4, 4)]),
     st.booleans(),
@@ -186,6 +187,18 @@ def test_auto_takes_what_the_cost_model_says(monkeypatch, lengths, expected):
     assert set(taken) == {"_forward" if expected == "ring" else "attention"}
 
 
+def test_the_gradient_of_unshard_is_summed_in_float32_on_every_rank():
+    plan, factors = plan_context_parallel([0, 10], 4), (256.0, 1.0, 1.0, 1.0)  # in bf16 256 + 1 is 256
+
+    def rank(member):
+        local = torch.zeros(int(plan.tokens[member.rank]), 2, dtype=torch.bfloat16, requires_grad=True)
+        (plan.unshard(local, member) * factors[member.rank]).sum().backward()
+        return local.grad
+
+    for grad in Threads(4).run(rank):
+        assert grad.dtype == torch.bfloat16 and (grad == torch.tensor(259.0).bfloat16()).all(), grad
+
+
 def test_autocast_and_scale():
     plan, inputs = make([64, 30], 2)
 
@@ -225,7 +238,7 @@ class _Quiet:
     rank, size, name, eager = 0, 2, "quiet", True
 
     def exchange(self, step, sends, receives, tag=0):
-        assert step == AGREEING, "something was sent"
+        assert step == attention.AGREEING, "something was sent"
         for (_, mine), (_, theirs) in zip(sends, receives, strict=True):
             theirs.copy_(mine)
         return self

@@ -2,11 +2,13 @@
 
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from longvita_kernels import plan_context_parallel, ring_attention, testing, varlen_attention
 from longvita_kernels.ring import transport
 
 
@@ -31,17 +33,16 @@ class Work:
 
 @pytest.fixture
 def group(monkeypatch):
-    """group(works, backend): rank 1 of 4; its operations are `works`."""
+    """group(works, name of the backend): rank 1 of 4; its operations are `works`."""
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda group: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 4)
     monkeypatch.setattr(dist, "P2POp", lambda *arguments, **options: (arguments, options))
-    monkeypatch.setattr(transport, "_time_out", lambda group: 0.2)
 
-    def make(works, backend="nccl"):
-        monkeypatch.setattr(dist, "get_backend", lambda group: backend)
+    def make(works, name="nccl"):
+        backend = SimpleNamespace(name=lambda: name, options=SimpleNamespace(_timeout=timedelta(seconds=0.2)))
         monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: works)
-        return transport.ProcessGroup(object())
+        return transport.ProcessGroup(SimpleNamespace(_get_backend=lambda device: backend))
 
     return make
 
@@ -93,11 +94,18 @@ def test_gloo_waits_by_itself_and_names_the_one_that_failed(group):
     assert [work.waited for work in works] == [1, 1, 0]
 
 
-def test_the_time_out_is_the_group_s():
-    """Of a real group; gloo keeps it in the same place as NCCL."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=7))
+@pytest.mark.parametrize("backend", [None, "cpu:gloo", "gloo"])
+def test_a_real_group_however_its_backend_was_named(backend):
+    """Without a name torch calls it "undefined" and takes one for each kind of device. gloo keeps its time-out where NCCL does."""
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=7))
     try:
-        assert transport._time_out(dist.group.WORLD, "cpu") == 7
-        assert transport.of(None).deadline() is None
+        group = transport.of(None, torch.device("cpu"))
+        assert group.eager and group.deadline() is None
+        assert transport._time_out(transport._backend(dist.group.WORLD, torch.device("cpu"))) == 7
+        plan, q = plan_context_parallel([0, 5], 1), torch.randn(5, 1, 32)
+        testing.assert_bit_equal(ring_attention(q, q, q, plan), varlen_attention(q, q, q, torch.tensor([0, 5], dtype=torch.int32)))
+        assert plan.unshard(q).equal(q)
+        with pytest.raises(ValueError, match="the group has no backend for tensors on xpu.*cpu:gloo,cuda:nccl"):
+            transport.of(None, torch.device("xpu"))
     finally:
         dist.destroy_process_group()
