@@ -21,6 +21,7 @@ import torch
 from bench import machine, report
 from longvita_kernels import backends
 from longvita_kernels.cuda import native_cuda
+from longvita_kernels.cuda import varlen_attention as cuda_attention
 from longvita_kernels.spec import all_specs
 
 
@@ -43,6 +44,13 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.gpu)
         if not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: bench/gpu.sh test"))
+
+
+@pytest.fixture
+def either_backward(request, monkeypatch):
+    """Sets up to which scratch CUDA C++ makes dq in the same pass as dk and dv; None: as it is."""
+    if request.param is not None:
+        monkeypatch.setattr(cuda_attention, "SINGLE_PASS_BYTES", request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -18,3 +18,9 @@ def offsets(*lengths):
 def on(spec, *backends):
     """Runs a test for an op on these backends: its arguments `spec` and `backend`."""
     return pytest.mark.parametrize(("spec", "backend"), [(spec, backend) for backend in backends], ids=name)
+
+
+def on_either_backward(spec, *backends):
+    """The same where attention in CUDA C++ stands twice, with its backward in two passes and in one; a test names `either_backward` too."""
+    ways = [(spec, backend, limit) for backend in backends for limit in ((0, 1 << 60) if backend == "cuda" else (None,))]
+    return pytest.mark.parametrize(("spec", "backend", "either_backward"), ways, ids=name, indirect=["either_backward"])

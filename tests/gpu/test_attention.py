@@ -8,7 +8,7 @@ from longvita_kernels.ops import _varlen_paths
 from longvita_kernels.ops.decode_attention import SPEC as DECODE
 from longvita_kernels.ops.varlen_attention import SPEC
 from longvita_kernels.spec import SampleInput
-from tests.gpu.support import name, offsets, on
+from tests.gpu.support import name, offsets, on, on_either_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -37,28 +37,26 @@ def _plain(grad, q, k, v, arguments):
     return *found[:2], *_varlen_paths.blocked_backward(grad, None, q, k, v, *found, *arguments)
 
 
-@pytest.mark.parametrize(
-    ("spec", "backend", "dtype"),
-    [(SPEC, "triton", torch.bfloat16), (SPEC, "triton", torch.float32), (SPEC, "cuda", torch.bfloat16)], ids=name,
-)  # fmt: skip
-def test_a_long_document_against_plain_products(spec, backend, dtype):
+@on_either_backward(SPEC, "triton", "cuda")
+def test_a_long_document_against_plain_products(spec, backend, either_backward):
     tokens = 16384
-    q, k, v, grad = (_random(tokens, heads, 128, dtype=dtype) for heads in (5, 1, 1, 5))
-    cu = offsets(tokens)
-    arguments = (cu, cu, 128**-0.5, -1, 0, 0.0)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out, lse = varlen_attention(*leaves, cu, return_lse=True)
-    got = (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad))
-    want, exact = (_plain(*(x.to(kind) for x in (grad, q, k, v)), arguments) for kind in (dtype, torch.float32))
-    for what, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, want, exact, strict=True):
-        if dtype == torch.float32:
-            torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-4, msg=lambda text, what=what: f"{what}: {text}")
-        else:  # held to the composition's error against float32
-            assert (a.float() - c).norm() <= 1.5 * (b.float() - c).norm() + torch.finfo(dtype).eps * c.norm(), what
+    for dtype in (torch.bfloat16,) if backend == "cuda" else (torch.bfloat16, torch.float32):
+        q, k, v, grad = (_random(tokens, heads, 128, dtype=dtype) for heads in (5, 1, 1, 5))
+        cu = offsets(tokens)
+        arguments = (cu, cu, 128**-0.5, -1, 0, 0.0)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = varlen_attention(*leaves, cu, return_lse=True)
+        got = (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad))
+        want, exact = (_plain(*(x.to(kind) for x in (grad, q, k, v)), arguments) for kind in (dtype, torch.float32))
+        for what, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, want, exact, strict=True):
+            if dtype == torch.float32:
+                torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-4, msg=lambda text, what=what: f"{what}: {text}")
+            else:  # held to the composition's error against float32
+                assert (a.float() - c).norm() <= 1.5 * (b.float() - c).norm() + torch.finfo(dtype).eps * c.norm(), what
 
 
-@on(SPEC, "triton", "cuda")
-def test_offsets_past_two_to_the_31(spec, backend):
+@on_either_backward(SPEC, "triton", "cuda")
+def test_offsets_past_two_to_the_31(spec, backend, either_backward):
     """q alone has 2.3e9 elements; another document changes no bit, so the last ones must be what they are alone."""
     heads, dim, length, documents = 17, 128, 512, 2048
     tokens = length * documents
@@ -119,8 +117,8 @@ def test_decoding_equals_attention_of_the_last_row(spec, backend, paged):
     torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
 
 
-@on(SPEC, "triton", "cuda")
-def test_wild_offsets_end_in_numbers_not_in_a_fault(spec, backend):
+@on_either_backward(SPEC, "triton", "cuda")
+def test_wild_offsets_end_in_numbers_not_in_a_fault(spec, backend, either_backward):
     q, k, v = (_random(500, heads, 128) for heads in (4, 2, 2))
     for wild in ((0, 10**9, -5, 7), (-(10**9), 3, 2, 2**31 - 1), (500, 20, 10, 0)):
         cu = torch.tensor(wild, dtype=torch.int32, device="cuda")

@@ -11,13 +11,11 @@ import torch
 
 from longvita_kernels import backends, masked_lm_head, merge_attention, testing, varlen_attention
 from longvita_kernels.cuda import native_cuda
-from longvita_kernels.cuda import varlen_attention as attention
-from longvita_kernels.ops import _varlen_paths
 from longvita_kernels.ops.masked_lm_head import SPEC as HEAD
 from longvita_kernels.ops.merge_attention import SPEC as MERGE
 from longvita_kernels.ops.varlen_attention import SPEC
 from longvita_kernels.spec import SampleInput
-from tests.gpu.support import offsets, on
+from tests.gpu.support import offsets, on, on_either_backward
 
 ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -92,32 +90,25 @@ LENGTHS = (1000, 1, 0, 127, 128, 129, 2048, 63, 700)
 OPTIONS = [{}, {"causal": False}, {"window_size": (300, 0)}, {"causal": False, "window_size": (500, 100), "softmax_scale": 0.1}]
 
 
-@pytest.fixture(params=(0, 1 << 60), ids=("two passes", "single pass"))
-def either_backward(request, monkeypatch):
-    monkeypatch.setattr(attention, "SINGLE_PASS_BYTES", request.param)
-
-
 def _attention(lengths, heads=(4, 2), dim=128, dtype=torch.bfloat16, **options):
     q, k, v = (torch.randn(sum(lengths), n, dim, device="cuda").to(dtype) for n in (*heads, heads[1]))
     return SampleInput(f"{dim} {dtype} {options}", (q, k, v, offsets(*lengths)), {"return_lse": True, **options}, ("q", "k", "v"))
 
 
-@pytest.mark.usefixtures("either_backward")
-@on(SPEC, "cuda")
+@on_either_backward(SPEC, "cuda")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (5, 1)], ids=str)
-def test_packed_documents_of_every_length(spec, backend, options, dim, dtype, heads):
+def test_packed_documents_of_every_length(spec, backend, either_backward, options, dim, dtype, heads):
     sample = _attention(LENGTHS, heads, dim, dtype, **options)
     assert backends.explain("varlen_attention", *sample.args, **sample.kwargs).startswith("varlen_attention: cuda")
     for choice in ({}, {"wrt": ("q",)}, {"wrt": ("k", "v")}, {"wrt": ("v",)}, {"used": ("lse",)}):
         testing.check_sample(SPEC, sample, **choice)
 
 
-@pytest.mark.usefixtures("either_backward")
-@on(SPEC, "cuda")
-def test_attention_runs_agree_in_every_bit_and_another_document_changes_none(spec, backend):
+@on_either_backward(SPEC, "cuda")
+def test_attention_runs_agree_in_every_bit_and_another_document_changes_none(spec, backend, either_backward):
     sample = _attention(LENGTHS)
     first = testing.run(SPEC.op, SPEC, sample)
     for _ in range(49):
@@ -131,22 +122,6 @@ def test_attention_runs_agree_in_every_bit_and_another_document_changes_none(spe
     testing.assert_bit_equal(lse, first.outputs["lse"][:, 1000:].contiguous())
 
 
-@pytest.mark.usefixtures("either_backward")
-@on(SPEC, "cuda")
-def test_a_long_document_against_plain_products(spec, backend):
-    tokens = 16384
-    q, k, v, cu = _attention((tokens,), heads=(5, 1)).args
-    grad, arguments = torch.randn_like(q), (cu, cu, 128**-0.5, -1, 0, 0.0)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out, lse = varlen_attention(*leaves, cu, return_lse=True)
-    got = (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad))
-    want = (*_varlen_paths.blocked_forward(q, k, v, *arguments), *_varlen_paths.blocked_backward(grad, None, q, k, v, *arguments))
-    wide = [x.float() for x in (grad, q, k, v)]
-    exact = (*_varlen_paths.blocked_forward(*wide[1:], *arguments), *_varlen_paths.blocked_backward(wide[0], None, *wide[1:], *arguments))
-    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, want, exact, strict=True):
-        assert (a.float() - c).norm() <= 1.5 * (b.float() - c).norm() + torch.finfo(torch.bfloat16).eps * c.norm(), name
-
-
 @on(SPEC, "cuda")
 def test_attention_runs_in_a_thread_that_did_nothing_on_the_gpu_before(spec, backend):
     """Such threads, autograd's among them, have no context for the driver's functions until somebody gives them one."""
@@ -158,9 +133,8 @@ def test_attention_runs_in_a_thread_that_did_nothing_on_the_gpu_before(spec, bac
     testing.assert_bit_equal(found[0], expected)
 
 
-@pytest.mark.usefixtures("either_backward")
-@on(SPEC, "cuda")
-def test_attention_can_be_captured_and_never_synchronises(spec, backend):
+@on_either_backward(SPEC, "cuda")
+def test_attention_can_be_captured_and_never_synchronises(spec, backend, either_backward):
     sample = _attention((300, 0, 129))
     q, k, v, cu = sample.args
     leaves, stream, graph = [x.detach().requires_grad_() for x in (q, k, v)], torch.cuda.Stream(), torch.cuda.CUDAGraph()
