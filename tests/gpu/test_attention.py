@@ -8,7 +8,7 @@ from longvita_kernels.ops import _varlen_paths
 from longvita_kernels.ops.decode_attention import SPEC as DECODE
 from longvita_kernels.ops.varlen_attention import SPEC
 from longvita_kernels.spec import SampleInput
-from tests.gpu.support import name, offsets, on, on_either_backward
+from tests.gpu.support import offsets, on, on_either_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
