@@ -336,10 +336,10 @@ MUTANTS = {
     "a barrier expects too little": (BACKWARD, "kBytes + 2 * kStats", "kBytes + kStats", "on its way"),
     "a stage is given back too early": (BACKWARD, "multiply_wait<0>();     // meanwhile", "// meanwhile", "on its way|changed"),
     "g·v is not waited for": (BACKWARD, f"multiply_wait<0>();{EACH}e", f"{EACH}e", "changed while a wgmma"),
-    "rows beyond a document stay": (BACKWARD, "clear_rows(panels[j], rows);", "clear_rows(panels[j], larger(rows, ROWS));", WRONG),
+    "rows beyond a document stay": (BACKWARD, "tile.columns - start < Shared::BLOCK;", "false;", WRONG),
     "keys beyond a document stay": (BACKWARD, "Shared::SINGLE && tile.rows - tile.first < kTile;", "false;", WRONG),
     "dS is overwritten while it is read": (SINGLE, "barrier_wait(b.slopes_empty[step & 1], (step >> 1 & 1) ^ 1);", "", WRONG),
-    "dS is not waited for": (SINGLE, "barrier_wait(b.slopes_full[step & 1], step >> 1 & 1);", "(void)b;", "without an async_fence"),
+    "dS is not waited for": (SINGLE, "barrier_wait(b.slopes_full[step & 1], step >> 1 & 1);", "(void)b;", WRONG),
     "dS that products do not see": (
         SINGLE, "async_fence();\n  warp_sync();\n  if (lane() == 0) barrier_arrive(b.slopes_full",
         "warp_sync();\n  if (lane() == 0) barrier_arrive(b.slopes_full", "without an async_fence",
