@@ -71,15 +71,24 @@ def _goals(rows, width, vocab, supervised, dtype):
     )  # fmt: skip
 
 
+def _case(rows, width, vocab, supervised, dtype):
+    size = torch.finfo(dtype).bits // 8
+    label = f"{rows:,} rows × {width:,} × {vocab:,}, " + ("all supervised" if supervised == rows else "10 % supervised")
+    return Case(
+        op="linear_cross_entropy", label=label, dtype=dtype, direction="forward + backward",
+        flops=3 * 2 * supervised * width * vocab, bytes=size * (2 * rows * width + 2 * vocab * width), ceiling="mm",
+        heavy=supervised < rows, goals=_goals(rows, width, vocab, supervised, dtype),
+        build=functools.partial(_build, rows, width, vocab, supervised, dtype),
+    )  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
-        size = torch.finfo(dtype).bits // 8
         for rows, supervised in ((1024, 1024), (16384, 1638)):
-            width, vocab = 1024, 32768
-            label = f"{rows:,} rows × {width:,} × {vocab:,}, " + ("all supervised" if supervised == rows else "10 % supervised")
-            yield Case(
-                op="linear_cross_entropy", label=label, dtype=dtype, direction="forward + backward",
-                flops=3 * 2 * supervised * width * vocab, bytes=size * (2 * rows * width + 2 * vocab * width), ceiling="mm",
-                heavy=supervised < rows, goals=_goals(rows, width, vocab, supervised, dtype),
-                build=functools.partial(_build, rows, width, vocab, supervised, dtype),
-            )  # fmt: skip
+            yield _case(rows, 1024, 32768, supervised, dtype)
+
+
+def cuda_cases() -> Iterator[Case]:
+    """Qwen2.5-14B's head."""
+    for supervised in (4096, 410):
+        yield _case(4096, 5120, 152064, supervised, torch.bfloat16)

@@ -54,11 +54,10 @@ def _build(tiles, dtype, backward):
     return Setup(calls=calls, check=check)
 
 
-def cases() -> Iterator[Case]:
-    tiles = 12
+def cases(tiles: int = 12, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)) -> Iterator[Case]:
     tokens = tiles * 256
     forward = 2 * tokens * HIDDEN * (4 * CHANNELS + OUT)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in dtypes:
         size = torch.finfo(dtype).bits // 8
         moved = size * (tiles * 1025 * CHANNELS + HIDDEN * (4 * CHANNELS + OUT) + tokens * OUT)
         for direction, factor, count, most in (("forward", 1, "two", 1.00), ("forward + backward", 3, "six", 1.03)):
@@ -71,3 +70,7 @@ def cases() -> Iterator[Case]:
                 direction=direction, flops=factor * forward, bytes=moved * (1 if factor == 1 else 3), ceiling="mm",
                 goals=goals if dtype == torch.bfloat16 else (), build=functools.partial(_build, tiles, dtype, direction != "forward"),
             )  # fmt: skip
+
+
+def cuda_cases() -> Iterator[Case]:
+    yield from cases(256, (torch.bfloat16,))

@@ -242,10 +242,11 @@ def cases() -> Iterator[Case]:
 def cuda_cases() -> Iterator[Case]:
     """Shapes of a model's size: Qwen2.5-14B's heads in training and prefill, and the image encoder's tiles."""
     bf16, none = torch.bfloat16, (None, None)
-    for length in (8192, 32768, 131072):
+    for length in (8192, 16384, 32768, 131072):
         yield from _cases_of(f"one document of {length:,}", (length,), (40, 8), 128, bf16, none, heavy=length > 32768)
     mixed = (9000, 700, 300, 14000, 96, 5000, 1500, 2172)
     yield from _cases_of("packed, 32,768 tokens in 8 documents", mixed, (40, 8), 128, bf16, none)
+    yield from _cases_of("packed, 16,384 tokens in 6 documents", (7000, 5000, 700, 3000, 300, 384), (40, 8), 128, bf16, none)
     yield from _cases_of("256 documents of 128", (128,) * 256, (40, 8), 128, bf16, none)
     yield from _cases_of("96 tiles of 1,025 (ViT, not causal)", (1025,) * 96, (16, 16), 64, bf16, none, causal=False)
     yield from _cases_of("packed, 32,768 tokens in 8 documents", mixed, (40, 8), 128, torch.float16, none)
