@@ -86,7 +86,11 @@ def table(kind: str, result: dict[str, Any]) -> list[str]:
     """The grid as lines of text: a row per length, a column per depth."""
     cells = [value for row in result["accuracy"] for value in row if value is not None]
     lines = [f"{kind} needle, share of right answers (mean {sum(cells) / max(len(cells), 1):.3f})"]
-    lines.append("tokens \\ depth " + "".join(f"{depth:>7.2f}" for depth in result["depths"]))
-    for length, row in zip(result["lengths"], result["accuracy"], strict=True):
-        lines.append(f"{length:>14,} " + "".join("      –" if value is None else f"{value:>7.2f}" for value in row))
+    lines.append("tokens \\ depth " + "".join(f"{depth:>7.2f}" for depth in result["depths"]) + "    all (95 % interval)")
+    for length, row, total in zip(result["lengths"], result["accuracy"], result["by_length"], strict=True):
+        low, high = total["interval"]
+        lines.append(
+            f"{length:>14,} " + "".join("      –" if value is None else f"{value:>7.2f}" for value in row)
+            + f"   {total['accuracy']:.2f} ({low:.2f}–{high:.2f})"
+        )  # fmt: skip
     return lines

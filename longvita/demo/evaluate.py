@@ -8,7 +8,7 @@ from collections.abc import Callable
 from longvita.data.schema import Sample
 from longvita.demo.rows import image_path
 from longvita.eval import haystack
-from longvita.eval.needle import KINDS, needle_grid, score
+from longvita.eval.needle import KINDS, needle_grid, score, share
 from longvita.infer.engine import generate_ids
 
 STAGE2 = 2
@@ -33,10 +33,10 @@ def images(demo, stage: int) -> dict:
     paths = [os.fspath(demo.material / image_path("held_out", number)) for number in range(len(digits))]
     prompts = (processor(Sample([{"role": "user", "content": "<image>\n" + haystack.IMAGE_QUESTION}], images=[path])) for path in paths)
     answers = [processor.tokenizer.decode(ids) for ids in generate_ids(model, prompts, max_new_tokens=4)]
-    right = [score(answer, digit) for answer, digit in zip(answers, digits.labels, strict=True)]
-    accuracy = sum(right) / len(right)
-    demo.tell(f"stage {stage}: {accuracy:.3f} of {len(right)} held-out images right")
-    return {"accuracy": accuracy, "questions": len(right), "answers": answers, "labels": digits.labels.tolist()}
+    right = [score(answer, str(digit)) for answer, digit in zip(answers, digits.labels, strict=True)]
+    result = share(sum(right), len(right))
+    demo.tell(f"stage {stage}: {result['accuracy']:.3f} of {len(right)} held-out images right")
+    return {**result, "answers": answers, "labels": digits.labels.tolist()}
 
 
 def needles(demo, stage: int, kind: str) -> dict:
@@ -44,7 +44,7 @@ def needles(demo, stage: int, kind: str) -> dict:
     plan = demo.plan
     model, processor = demo.model_of(stage)
     return needle_grid(
-        model, processor, kind, lengths=plan.lengths, depths=plan.depths, questions=plan.questions, seed=demo.seed, progress=demo.tell
+        model, processor, kind, lengths=plan.lengths, depths=plan.depths, questions=plan.grid_questions, seed=demo.seed, progress=demo.tell
     )
 
 
@@ -54,6 +54,7 @@ def control(demo, stage: int, kind: str, *, needle: bool) -> dict:
     model, processor = demo.model_of(stage)
     note = f"stage {stage}'s model" if needle else "needle removed"
     return needle_grid(
-        model, processor, kind, lengths=plan.lengths[-1:], depths=plan.depths, questions=plan.controls, seed=demo.seed + 1, needle=needle,
+        model, processor, kind, lengths=plan.lengths[-1:], depths=plan.depths, seed=demo.seed + 1, needle=needle,
+        questions=plan.stage2_controls if needle else plan.controls,
         progress=lambda line: demo.tell(f"{note}: {line}"),
     )  # fmt: skip

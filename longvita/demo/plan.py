@@ -26,25 +26,58 @@ class StagePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The whole demo.
+class PretrainPlan:
+    """Pre-training of the two parts.
 
-    minutes            as measured on two cores (AMD Zen 4), for the announcement
-    *_steps            of pre-training: vision tower, decoder on lists of codes, decoder on codes in texts
-    lengths, questions the needle grid: tokens, and questions a cell
-    controls           questions a cell of the two controls at full length (needle removed; stage 2's model)
+    *_steps      vision tower; decoder on lists of codes; decoder on texts, of one round
+    rounds       of texts at most, until the decoder recalls `recall_goal` of the held-out codes; then another draw of the weights is tried
+    draws        at most: rounds and draws bound the time
+    recall_goal  share of whole codes, and of marked frames told in words, that must be recalled from held-out short texts
     """
 
-    name: str
-    minutes: float
     vision_steps: int
     list_steps: int
     text_steps: int
+    rounds: int = 3
+    draws: int = 2
+    recall_goal: float = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goals:
+    """What counts as learned: shares of right answers, the needles' at full length."""
+
+    images: float
+    video: float
+    text: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The whole demo.
+
+    lengths         of the needle grid, in tokens
+    questions       a cell of the grid at the shorter lengths
+    full_questions  a cell at full length
+    controls        a cell of the full length with the needle removed
+    stage2_controls a cell of the full length asked of stage 2's model
+    """
+
+    name: str
+    pretrain: PretrainPlan
     stages: tuple[StagePlan, ...]
     lengths: tuple[int, ...]
+    goals: Goals
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     questions: int = 10
-    controls: int = 8
+    full_questions: int = 20
+    controls: int = 10
+    stage2_controls: int = 4
+
+    @property
+    def grid_questions(self) -> tuple[int, ...]:
+        """Questions a cell, for each length."""
+        return (*(self.questions for _ in self.lengths[:-1]), self.full_questions)
 
     @property
     def context_tokens(self) -> int:
@@ -81,16 +114,18 @@ def make_plan(name: str, seed: int = 0) -> Plan:
 
 _SIZES = {
     "quick": dict(
-        minutes=4, long_lrs=(3e-4, 2e-4), vision_steps=200, list_steps=100, text_steps=250,
-        steps=(100, 220, 60, 60), contexts=(512, 512, 1024, 2048), batches=(2, 4, 2, 1), lengths=(512, 1024, 2048), questions=4, controls=8,
+        long_lrs=(3e-4, 2e-4), steps=(60, 120, 30, 30), contexts=(1024, 1024, 1024, 2048), batches=(2, 4, 4, 2),
+        pretrain=PretrainPlan(vision_steps=200, list_steps=40, text_steps=160), lengths=(512, 1024, 2048),
+        goals=Goals(images=0.9, video=0.8, text=0.8), questions=4, full_questions=10, controls=8,
     ),
     "default": dict(
-        minutes=15, long_lrs=(1e-3, 4e-4), vision_steps=300, list_steps=200, text_steps=420,
-        steps=(80, 200, 75, 150), contexts=(512, 512, 2048, 8192), batches=(4, 8, 4, 1), lengths=(1024, 2048, 4096, 8192), controls=8,
+        long_lrs=(1e-3, 4e-4), steps=(60, 150, 50, 60), contexts=(1024, 1024, 2048, 8192), batches=(2, 4, 4, 1),
+        pretrain=PretrainPlan(vision_steps=300, list_steps=40, text_steps=200), lengths=(1024, 2048, 4096, 8192),
+        goals=Goals(images=0.95, video=0.85, text=0.8),
     ),
     "full": dict(
-        minutes=35, long_lrs=(1e-3, 1e-3), vision_steps=500, list_steps=300, text_steps=500,
-        steps=(200, 400, 150, 240), contexts=(512, 512, 2048, 8192), batches=(4, 8, 4, 1), lengths=(1024, 2048, 4096, 8192), questions=20,
-        controls=16,
+        long_lrs=(1e-3, 4e-4), steps=(100, 300, 100, 150), contexts=(1024, 1024, 2048, 8192), batches=(2, 4, 4, 1),
+        pretrain=PretrainPlan(vision_steps=500, list_steps=40, text_steps=300), lengths=(1024, 2048, 4096, 8192),
+        goals=Goals(images=0.95, video=0.85, text=0.8), questions=20, full_questions=40, controls=20, stage2_controls=10,
     ),
 }  # fmt: skip

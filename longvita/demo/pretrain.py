@@ -4,17 +4,20 @@ The published model starts from InternViT-300M and Qwen2.5-14B. Nobody has pre-t
 few minutes: the tower learns to classify digits, the decoder to recall codes from lists and short texts, and to answer the questions about
 images and videos with words in their place. Stages 1 to 4 then do what the real ones do.
 
-The decoder does not start from noise. How a transformer recalls ("induction": a head that looks one token back, and a later one that looks
-for what followed the present token before) is known, and takes a small model minutes to discover; `recall_init` puts that pair of heads in
-place, as in mimetic initialisation (Trockman and Kolter, 2023). Everything remains trainable.
+Three things make the decoder learn this every time and at every length:
+  * it does not start from noise: the attention heads that recall needs are laid out (`longvita.demo.induction`);
+  * jumps in the position ids show it the distances of the longest context in short texts (`spread_positions`);
+  * what decides is not the loss, which a mixture of tasks blurs, but a test: the share of whole codes, name and digit, that it recalls from
+    held-out texts. Until the test is passed, training goes on for another round, and after some rounds from another draw of the weights.
 
-Shapes: B sequences, L tokens, N images.
+Shapes: B sequences, L tokens, N images, T tokens of a packed row, M rows read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,19 +26,22 @@ from torch import Tensor, nn
 
 from longvita.data.processor import collate
 from longvita.data.tiling import normalise
+from longvita.demo.induction import recall_init
+from longvita.demo.plan import PretrainPlan
 from longvita.eval.haystack import (
     NAMES,
     TEXT_FACT,
     WORDS,
     Digits,
     TextHay,
+    load_prose,
     mark,
     spelled_caption,
     spelled_images,
     spelled_video,
     text_needle,
 )
-from longvita.model.batch import Batch
+from longvita.model.batch import IGNORE, Batch
 from longvita.model.long_vita import LongVita
 from longvita.train.optim import build_optimizers, set_lr
 from longvita.train.recipes import stage2
@@ -45,10 +51,11 @@ IMAGES_PER_STEP = 128
 RECENT = 20  # steps that a reported loss is the mean of
 LIST_TOKENS, LISTS_PER_STEP = 128, 8
 CODE_TOKENS, SPELLED_IMAGES, SPELLED_CAPTIONS, SPELLED_VIDEOS = 2048, 12, 8, 12  # of a step on texts
-# Recall comes all at once, mostly between step 100 and 300, as the seed and the last bits of the arithmetic have it: the loss is 0.7 before
-# it and 0.03 to 0.08 after it. A second round costs a minute or two; stages 2 to 4 have also learned it later, from a loss of 0.16.
-RECALLS = 0.12
 JOINED = 16  # conversations in one document, every other step: what stages 3 and 4 make of a row
+SPREAD = 0.75  # share of the documents whose positions jump
+QUESTION_TOKENS = 24  # before a sample's first answer: its question and the template's tokens, which no jump may split
+TESTED = {256: (16, 4), 1024: (8, 8)}  # of the test: tokens of a text → (texts, codes in each)
+TESTED_VIDEOS, TESTED_FRAMES = 64, 63
 
 
 def recipe(steps: int, trainable: tuple[str, ...]):
@@ -59,40 +66,42 @@ def recipe(steps: int, trainable: tuple[str, ...]):
     )  # fmt: skip
 
 
-def _fit(
+def fit(
     model: LongVita, part: str, extra: list[nn.Parameter], steps: int, loss_at: Callable[[int], Tensor], name: str, tell: Tell,
-    goal: float = math.inf,
+    each_step: Callable[[], None],
 ) -> None:  # fmt: skip
-    """`steps` steps, and as many again, from the schedule's beginning, if the mean loss of the last RECENT is above `goal` then."""
+    """Trains one part of the model, and `extra`, for `steps` steps on loss_at(1 … steps); new optimizers and a schedule of its own.
+
+    RuntimeError, with the remedy, when the loss is not finite. each_step() is called before every step.
+    """
     plan = recipe(steps, (part,))
     model.set_trainable(plan.trainable)
     optimizers = build_optimizers({part: model.part(part)}, plan, model.config.vision.num_layers)
     head = torch.optim.AdamW(extra, lr=plan.lr, weight_decay=0.0) if extra else None
     parameters = [*model.part(part).values(), *extra]
     seen = []
-    for step in range(1, 2 * steps + 1):  # counts on, for the batches
-        if step == steps + 1:
-            if np.mean(seen[-RECENT:]) <= goal:
-                break
-            tell(f"  {name}: not learned yet, once more")
+    for step in range(1, steps + 1):
+        each_step()
         loss = loss_at(step)
         loss.backward()
         seen.append(loss.item())
         if not math.isfinite(seen[-1]):
             raise RuntimeError(f"{name}: the loss became {seen[-1]} at step {step}: start the demo again with another --seed")
         torch.nn.utils.clip_grad_norm_(parameters, plan.clip)
-        set_lr(optimizers, plan.lr_factor((step - 1) % steps + 1))
+        set_lr(optimizers, plan.lr_factor(step))
         for optimizer in [*optimizers, *([head] if head else [])]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if step % max(1, steps // 4) == 0:
-            tell(f"  {name}: step {(step - 1) % steps + 1} of {steps}, loss {np.mean(seen[-RECENT:]):.3f}")
+            tell(f"  {name}: step {step} of {steps}, loss {np.mean(seen[-RECENT:]):.3f}")
 
 
 # ---- vision ----
 
 
-def pretrain_vision(model: LongVita, digits: Digits, steps: int, seed: int, tell: Tell) -> None:
+def pretrain_vision(
+    model: LongVita, digits: Digits, steps: int, seed: int, tell: Tell, each_step: Callable[[], None] = lambda: None
+) -> None:
     """Classification of shifted digits, a third of them marked: which digit, and whether it is marked."""
     rng = np.random.default_rng([seed, 1])
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +120,7 @@ def pretrain_vision(model: LongVita, digits: Digits, steps: int, seed: int, tell
         is_marked = F.binary_cross_entropy_with_logits(scores[:, 10], torch.from_numpy(marked_N.astype(np.float32)))
         return F.cross_entropy(scores[:, :10], torch.from_numpy(labels_N)) + is_marked
 
-    _fit(model, "vision", list(classifier.parameters()), steps, loss_at, "vision tower", tell)
+    fit(model, "vision", list(classifier.parameters()), steps, loss_at, "vision tower", tell, each_step)
 
 
 def augmented(digits: Digits, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -128,70 +137,125 @@ def augmented(digits: Digits, rng: np.random.Generator) -> tuple[np.ndarray, np.
 # ---- language ----
 
 
-@torch.no_grad()
-def recall_init(model: LongVita, seed: int) -> None:
-    """Weights of the whole model: scaled normal, with a previous-token head in layer 0 and a matching head in layer 1.
+def pretrain_text(
+    model: LongVita, processor, plan: PretrainPlan, longest: int, seed: int, tell: Tell, each_step: Callable[[], None] = lambda: None
+) -> dict:
+    """Draws the model's weights and trains the decoder, on lists of codes and then on texts, until it passes the test of `recall`.
 
-    A bias in q and k alone makes attention depend on distance alone: with k = c and q = c turned back by one position, RoPE's score peaks
-    at distance 1. Its values (a projection A of the token) are written along other directions B; the matching head then compares A of the
-    present token with B of every earlier one, which is A of the token before that.
+    longest    tokens of the longest context that the stages will train: positions spread up to there
+    plan       how many steps a round has, how many rounds a draw, and how many draws there may be: the bound of the time that it takes
+    Returns {"learned", "recall", "draws", "rounds" (of all draws), "text_steps"}; not "learned": the model is that of the last draw.
     """
-    text = model.config.text
-    model.init_weights(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2 and "embed" not in name:
-            gain = 0.35 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.7
-            weight.normal_(0, gain * weight.shape[1] ** -0.5, generator=generator)
-        elif name.endswith(("ls1", "ls2")):
-            weight.fill_(0.1)
-    model.model.embed_tokens.weight.normal_(0, 0.3, generator=generator)
-
-    size, group = text.head_dim, text.num_heads // text.num_kv_heads
-    basis = torch.linalg.qr(torch.randn(text.hidden_size, 2 * size, generator=generator)).Q.T
-    present, previous = basis[:size], basis[size:]
-    fast = size // 4  # the quickest half of RoPE's frequencies tell neighbours apart
-    angles = text.rope_theta ** (-torch.arange(fast) / (size // 2))
-    strength = 6.0  # c: the score of distance 1 exceeds that of 2 by about 0.6 c² / sqrt(size)
-
-    back, match = model.model.layers[0].self_attn, model.model.layers[1].self_attn
-    back.k_proj.weight[:size] *= 0.1
-    back.k_proj.bias[:fast] = strength
-    back.v_proj.weight[:size] = present
-    match.k_proj.weight[:size] = 2 * previous
-    for head in range(group):
-        rows = slice(head * size, (head + 1) * size)
-        back.q_proj.weight[rows] *= 0.1
-        back.q_proj.bias[rows][:fast] = strength * angles.cos()
-        back.q_proj.bias[rows][size // 2 : size // 2 + fast] = -strength * angles.sin()
-        back.o_proj.weight[:, rows] = previous.T / group
-        match.q_proj.weight[rows] = 2 * present
+    tests = held_out_tests(processor, np.random.default_rng([seed, 3]))
+    rounds = steps = 0
+    for draw in range(plan.draws):
+        recall_init(model, processor, seed + 1_000_003 * draw)
+        lessons = Lessons(processor, longest, np.random.default_rng([seed, 2, draw]))
+        fit(model, "text", [], plan.list_steps, _mean_loss(model, lessons.lists, plan.list_steps), "decoder, lists of codes", tell, each_step)
+        steps += plan.list_steps
+        for _ in range(plan.rounds):
+            rounds += 1
+            fit(model, "text", [], plan.text_steps, _mean_loss(model, lessons.texts, plan.text_steps), "decoder, texts", tell, each_step)
+            steps += plan.text_steps
+            found = recall(model, tests)
+            learned = min(found.values()) >= plan.recall_goal
+            tell(
+                f"  recalled from held-out short texts: {found['text']:.2f} of the codes, {found['video']:.2f} of the marked frames in words "
+                f"(goal {plan.recall_goal:.2f}): {'learned' if learned else 'not learned yet'}"
+            )
+            if learned:
+                return {"learned": True, "recall": found, "draws": draw + 1, "rounds": rounds, "text_steps": steps}
+    tell(f"  NOT LEARNED in {rounds} rounds from {plan.draws} draws of the weights; the stages start from what there is")
+    return {"learned": False, "recall": found, "draws": plan.draws, "rounds": rounds, "text_steps": steps}
 
 
-def pretrain_text(model: LongVita, processor, hay: TextHay, list_steps: int, text_steps: int, seed: int, tell: Tell) -> None:
-    """Recall from lists of codes in which some come back; then from texts of growing length, and the questions of the demo in words."""
-    rng = np.random.default_rng([seed, 2])
-    maker = CodeLists(processor.tokenizer, hay)
+def _mean_loss(model: LongVita, batch_at: Callable[[float], Batch], steps: int) -> Callable[[int], Tensor]:
+    """step → the loss per supervised token; `batch_at` takes the share of the steps that are done."""
 
-    def lists(step: int) -> Batch:
-        return maker.batch(rng, gap=0 if step < list_steps / 2 else 8)
+    def loss_at(step: int) -> Tensor:
+        total, count = model.loss(batch_at((step - 1) / steps))
+        return total / count
 
-    def texts(step: int) -> Batch:
-        tokens = (256, 256, 512, 512, 1024)[min(4, 5 * step // (text_steps + 1))]
+    return loss_at
+
+
+class Lessons:
+    """What the decoder is trained on: lists of codes, then texts of growing length together with the questions of the demo in words."""
+
+    def __init__(self, processor, longest: int, rng: np.random.Generator):
+        self.processor, self.longest, self.rng = processor, longest, rng
+        self.hay = TextHay(load_prose()[0], processor.tokenizer)
+        self.codes = CodeLists(processor.tokenizer, self.hay)
+        self._joined = False
+
+    def lists(self, done: float) -> Batch:
+        return self.codes.batch(self.rng, gap=0 if done < 0.5 else 8)
+
+    def texts(self, done: float) -> Batch:
+        rng = self.rng
+        tokens = (256, 256, 512, 512, 1024)[int(5 * done)]
         ask = 4 if tokens == 256 else 8
-        samples = [text_needle(hay, processor, tokens, rng, facts=ask, ask=ask).sample for _ in range(CODE_TOKENS // tokens)]
+        samples = [text_needle(self.hay, self.processor, tokens, rng, facts=ask, ask=ask).sample for _ in range(CODE_TOKENS // tokens)]
         samples += [spelled_images(int(count), rng) for count in rng.choice((1, 1, 2, 3, 4), size=SPELLED_IMAGES)]
         samples += [spelled_caption(int(count), rng) for count in rng.integers(1, 13, size=SPELLED_CAPTIONS)]
         samples += [spelled_video(int(count), rng) for count in rng.integers(1, 64, size=SPELLED_VIDEOS)]
-        encoded = [processor.encode(samples[i]) for i in rng.permutation(len(samples))]
-        return collate(encoded[:JOINED] if step % 2 else encoded, reset=step % 2 == 0)
+        encoded = [self.processor.encode(samples[i]) for i in rng.permutation(len(samples))]
+        self._joined = not self._joined
+        batch = collate(encoded[:JOINED], reset=False) if self._joined else collate(encoded, reset=True)
+        return spread_positions(batch, self.longest, rng)
 
-    def mean_loss(batch: Batch) -> Tensor:
-        total, count = model.loss(batch)
-        return total / count
 
-    _fit(model, "text", [], list_steps, lambda step: mean_loss(lists(step)), "decoder, lists of codes", tell)
-    _fit(model, "text", [], text_steps, lambda step: mean_loss(texts(step)), "decoder, texts", tell, RECALLS)
+def spread_positions(batch: Batch, longest: int, rng: np.random.Generator) -> Batch:
+    """The batch with jumps in its position ids, so that short documents show the distances of one of `longest` tokens.
+
+    As in PoSE (Zhu et al., 2023, arXiv:2309.10400): positions jump once in every sample, somewhere before its first question, and those of a
+    document end anywhere below `longest`. A quarter of the documents keep theirs.
+    """
+    jumps_T = np.zeros(batch.num_tokens, np.int64)
+    supervised_T = batch.labels.numpy() != IGNORE
+    cuts = []
+    for start, end in pairwise(batch.sample_cu_seqlens.tolist()):
+        before = int(np.argmax(supervised_T[start:end])) - QUESTION_TOKENS
+        cuts.append(start + int(rng.integers(max(1, before))))
+    for start, end in pairwise(batch.cu_seqlens.tolist()):
+        room = longest - (end - start)
+        if room > 0 and rng.random() < SPREAD:
+            inside = [cut for cut in cuts if start <= cut < end]
+            shares = rng.dirichlet(np.ones(len(inside))) * rng.integers(room)
+            jumps_T[inside] = shares.astype(np.int64)
+            jumps_T[start:end] = jumps_T[start:end].cumsum()
+    return Batch(**{**vars(batch), "position_ids": batch.position_ids + torch.from_numpy(jumps_T)})
+
+
+# ---- the test ----
+
+
+def held_out_tests(processor, rng: np.random.Generator) -> dict[str, list[Batch]]:
+    """{"text": texts of held-out prose with codes in them and questions about all, "video": marked frames in words}."""
+    hay = TextHay(load_prose()[1], processor.tokenizer)
+    texts = [
+        collate([processor.encode(text_needle(hay, processor, tokens, rng, facts=codes, ask=codes).sample) for _ in range(count)], reset=True)
+        for tokens, (count, codes) in TESTED.items()
+    ]
+    videos = collate([processor.encode(spelled_video(TESTED_FRAMES, rng)) for _ in range(TESTED_VIDEOS)], reset=True)
+    return {"text": texts, "video": [videos]}
+
+
+@torch.no_grad()
+def recall(model: LongVita, tests: dict[str, list[Batch]]) -> dict[str, float]:
+    """The share of answers of each test of which every token, the end included, is the model's first choice when the ones before it are
+    given: whole codes, not digits alone."""
+    return {kind: float(torch.cat([_answered(model, batch) for batch in batches]).float().mean()) for kind, batches in tests.items()}
+
+
+def _answered(model: LongVita, batch: Batch) -> Tensor:
+    """(answers,) bool. An answer is a run of supervised rows."""
+    targets_T = batch.shifted_labels()
+    rows_M = torch.nonzero(targets_T != IGNORE)[:, 0]
+    right_M = model.logits(batch, rows_M).argmax(-1) == targets_T[rows_M]
+    answer_M = torch.cumsum(rows_M.diff(prepend=rows_M[:1]) > 1, 0)
+    wrong = torch.zeros(int(answer_M[-1]) + 1, dtype=torch.int64).index_add_(0, answer_M, (~right_M).long())
+    return wrong == 0
 
 
 class CodeLists:

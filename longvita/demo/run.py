@@ -105,15 +105,14 @@ class Demo:
         plan, folder = self.plan, self.out / "pretrained"
         self.tell("pre-training the two parts that the real model gets from InternViT and Qwen2.5 (nobody offers them this small)")
         model = LongVita(self.config)
-        pretrain.recall_init(model, self.seed)
-        pretrain.pretrain_vision(model, haystack.load_digits()[0], plan.vision_steps, self.seed, self.tell)
-        hay = haystack.TextHay(haystack.load_prose()[0], self.tokenizer)
-        pretrain.pretrain_text(model, self.processor, hay, plan.list_steps, plan.text_steps, self.seed, self.tell)
+        # Text first: another draw of the decoder draws the whole model.
+        text = pretrain.pretrain_text(model, self.processor, plan.pretrain, plan.context_tokens, self.seed, self.tell)
+        pretrain.pretrain_vision(model, haystack.load_digits()[0], plan.pretrain.vision_steps, self.seed, self.tell)
         folder.mkdir(exist_ok=True)
         self.processor.save(folder)
         self.config.save(folder / "config.json")
         save_weights(model, folder / WEIGHTS)
-        return {"vision_steps": plan.vision_steps, "text_steps": plan.list_steps + plan.text_steps}
+        return {"vision_steps": plan.pretrain.vision_steps, **text}
 
     def _train(self, stage: StagePlan) -> dict:
         recipe, run_dir = stage.recipe, self.out / stage.name
@@ -158,7 +157,7 @@ def announcement(plan: Plan, out: Path, params: int) -> str:
     """What will happen, and how long it takes."""
     contexts = " → ".join(f"{stage.recipe.sequence_length:,}" for stage in plan.stages)
     return (
-        f"Long-VITA in small ({plan.name}): {params:,} parameters, four stages at {contexts} tokens, about {plan.minutes:g} minutes on two "
+        f"Long-VITA in small ({plan.name}): {params:,} parameters, four stages at {contexts} tokens "
         f"cores.\nIt writes digits as JPEG and MP4 and English text, pre-trains a tiny vision tower and decoder, trains stages 1 to 4, and "
         f"then asks\nquestions about held-out images, videos and texts. Results go to {out}.\n"
         "Ctrl-C: the same command goes on where it stopped (pre-training, a few minutes, begins again if it was not finished)."

@@ -114,10 +114,10 @@ def write_video(path: str | os.PathLike, frames_FSS3: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Needle:
-    """A question whose answer is one digit."""
+    """A question, and what its answer must name: a digit of a video ("7") or a whole code of a text ("Tunis8")."""
 
     sample: Sample
-    digit: int
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def text_needle(
 ) -> Needle:  # fmt: skip
     """A text of `tokens` tokens in all, `facts` codes in it, and questions about `ask` of them (one turn each; the last unanswered).
 
-    The digit is the last question's. `depth` places the fact that the last question asks for; needle=False leaves that fact out.
+    The answer is the last question's. `depth` places the fact that the last question asks for; needle=False leaves that fact out.
     """
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[:facts]]
     digits = rng.integers(10, size=facts)
@@ -211,7 +211,7 @@ def text_needle(
             raise ValueError(f"expected at least {tokens - room + 1} tokens for {facts} codes and {ask} questions, got {tokens}")
         turns[0]["content"] = f"{hay.passage(room, np.random.default_rng(seed), told, depths)}\n{question}"
         excess = processor.encode(sample).num_tokens - tokens
-    return Needle(sample, int(digits[ask - 1]))
+    return Needle(sample, f"{names[ask - 1]}{digits[ask - 1]}")
 
 
 def video_frames(processor, tokens: int) -> int:

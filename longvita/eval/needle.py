@@ -3,13 +3,15 @@
     result = evaluate_run("demo-out/stage4", kinds=("video", "text"), lengths=[1024, 8192], questions=200)
     result["video"]["accuracy"][i][j]      # at lengths[i] (tokens of the whole conversation) and depths[j] (0 the start, 1 the end)
 
-Every question has one of ten digits as its answer, drawn uniformly: chance is 0.1. An answer counts when the only digit in it is the right
-one.
+The answer is a digit (of a video) or a whole code, name and digit (of a text: "Tunis8"). An answer counts when the only number in it
+is the right one, and in a text when it stands behind the right name. The digit is drawn uniformly and the question gives the name, so chance
+is 0.1 for both. Shares come with their 95 % Wilson intervals.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import tempfile
@@ -32,7 +34,7 @@ def evaluate_run(
     run_dir: str | os.PathLike, *, kinds: Sequence[str] = KINDS, lengths: Sequence[int] | None = None,
     depths: Sequence[float] | None = None, questions: int = 200, seed: int = 0, progress: Callable[[str], None] | None = None,
 ) -> dict:  # fmt: skip
-    """{kind: {"lengths", "depths", "accuracy", "questions"}} of the newest checkpoint in a run directory.
+    """{kind: what `needle_grid` returns} of the newest checkpoint in a run directory.
 
     lengths    tokens of the whole conversation; default: an eighth, a quarter, half and all of what the run was trained with
     questions  per kind, spread evenly over the grid (at least one a cell)
@@ -60,38 +62,55 @@ def default_lengths(run_dir: str | os.PathLike) -> list[int]:
 
 
 def needle_grid(
-    model, processor, kind: str, *, lengths: Sequence[int], depths: Sequence[float] = DEPTHS, questions: int = 10, seed: int = 0,
-    needle: bool = True, progress: Callable[[str], None] | None = None,
+    model, processor, kind: str, *, lengths: Sequence[int], depths: Sequence[float] = DEPTHS, questions: int | Sequence[int] = 10,
+    seed: int = 0, needle: bool = True, progress: Callable[[str], None] | None = None,
 ) -> dict:  # fmt: skip
-    """Asks `questions` questions in every cell of lengths × depths, each about fresh held-out material.
+    """Asks `questions` questions (one number, or one for each length) in every cell of lengths × depths, about fresh held-out material.
 
     needle=False asks the same questions with the marked frame unmarked and the fact left out: the score must then be at chance.
-    Returns {"lengths", "depths", "accuracy" (a row per length), "questions" (in all), "mean"}.
+    Returns {"lengths", "depths", "accuracy" (a row per length), "by_length" (a `share` per length), "questions" (in all), "mean"}.
     """
     if kind not in KINDS:
         raise ValueError(f"expected one of {', '.join(KINDS)} as the kind of needle, got {kind!r}")
-    lengths, depths = sorted(lengths), sorted(depths)
-    accuracy = []
-    for length in lengths:
-        cells = [depth for depth in depths for _ in range(questions)]
-        rng = np.random.default_rng([seed, KINDS.index(kind), length])
-        with tempfile.TemporaryDirectory(prefix="longvita-needle-") as directory:
-            asked, prompts = itertools.tee(_questions(processor, kind, length, cells, rng, needle, directory))
-            batches = (processor(question.sample.messages[:-1], max_tokens=length) for question in prompts)
-            answers = generate_ids(model, batches, max_new_tokens=ANSWER_TOKENS[kind], tokens_at_once=TOKENS_AT_ONCE)
-            right = [score(processor.tokenizer.decode(ids), question.digit) for ids, question in zip(answers, asked, strict=True)]
-        accuracy.append(np.reshape(right, (len(depths), questions)).mean(axis=1).tolist())
+    counts = [questions] * len(lengths) if isinstance(questions, int) else list(questions)
+    if len(counts) != len(lengths):
+        raise ValueError(f"expected one number of questions, or one for each of {len(lengths)} lengths; got {len(counts)}")
+    asked, depths = sorted(zip(lengths, counts, strict=True)), sorted(depths)
+    accuracy, by_length = [], []
+    for length, count in asked:
+        right = _ask(model, processor, kind, length, [depth for depth in depths for _ in range(count)], seed, needle)
+        accuracy.append(np.reshape(right, (len(depths), count)).mean(axis=1).tolist())
+        by_length.append(share(sum(right), len(right)))
         if progress is not None:
             progress(f"{kind} needle at {length} tokens: {np.mean(right):.2f} of {len(right)} questions right")
     return {
-        "lengths": lengths, "depths": depths, "accuracy": accuracy, "questions": len(lengths) * len(depths) * questions,
-        "mean": float(np.mean(accuracy)),
+        "lengths": [length for length, _ in asked], "depths": depths, "accuracy": accuracy, "by_length": by_length,
+        "questions": sum(part["questions"] for part in by_length), "mean": float(np.mean(accuracy)),
     }  # fmt: skip
 
 
-def score(answer: str, digit: int) -> bool:
-    """Whether the only digit in the answer is the right one."""
-    return re.findall(r"\d", answer) == [str(digit)]
+def _ask(model, processor, kind, length, cells, seed, needle) -> list[bool]:
+    """Which of the questions, one for each depth in `cells`, are answered rightly."""
+    rng = np.random.default_rng([seed, KINDS.index(kind), length])
+    with tempfile.TemporaryDirectory(prefix="longvita-needle-") as directory:
+        asked, prompts = itertools.tee(_questions(processor, kind, length, cells, rng, needle, directory))
+        batches = (processor(question.sample.messages[:-1], max_tokens=length) for question in prompts)
+        answers = generate_ids(model, batches, max_new_tokens=ANSWER_TOKENS[kind], tokens_at_once=TOKENS_AT_ONCE)
+        return [score(processor.tokenizer.decode(ids), question.answer) for ids, question in zip(answers, asked, strict=True)]
+
+
+def score(answer: str, expected: str) -> bool:
+    """Whether the only word in the answer that holds a digit is `expected`: a number ("7") or a whole code ("Tunis8")."""
+    return re.findall(r"\w*\d\w*", answer) == [expected]
+
+
+def share(right: int, questions: int) -> dict:
+    """{"accuracy", "questions", "interval"} of at least one question; the interval is Wilson's (1927), for 95 % confidence."""
+    z2 = 1.959964**2
+    rate = right / questions
+    centre = (rate + z2 / (2 * questions)) / (1 + z2 / questions)
+    reach = math.sqrt(z2 * (rate * (1 - rate) / questions + z2 / (4 * questions**2))) / (1 + z2 / questions)
+    return {"accuracy": rate, "questions": questions, "interval": [max(0.0, centre - reach), min(1.0, centre + reach)]}
 
 
 def _questions(processor, kind, length, cells, rng, needle, directory) -> Iterator[haystack.Needle]:
@@ -106,4 +125,4 @@ def _questions(processor, kind, length, cells, rng, needle, directory) -> Iterat
         frames, digit = hay.frames(count, rng, depth=depth, needle=needle)
         path = os.path.join(directory, f"{number:04d}.mp4")
         haystack.write_video(path, frames)
-        yield haystack.Needle(Sample(haystack.video_turns(path, digit), placeholders=False), digit)
+        yield haystack.Needle(Sample(haystack.video_turns(path, digit), placeholders=False), str(digit))
