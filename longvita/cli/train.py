@@ -1,6 +1,9 @@
 """`longvita train RUN.json --out DIR`: one stage of training on your own JSONL. The same command goes on where a run was stopped.
 
 The file is described in longvita/cli/run_config.py; `longvita config check RUN.json` checks it without running anything.
+
+On a CPU the number of threads follows the cores that other programs leave free. Set OMP_NUM_THREADS to fix it, for runs that must agree
+bit for bit (longvita/threads.py says why).
 """
 
 from __future__ import annotations
@@ -84,6 +87,7 @@ def build_trainer(config: RunConfig, out: Path, *, device: str | None = None, qu
     from longvita.data.mixture import Source
     from longvita.data.processor import Processor
     from longvita.data.schema import JsonlSource
+    from longvita.threads import AdaptiveThreads
     from longvita.train.trainer import Trainer
 
     recipe = config.recipe
@@ -115,7 +119,10 @@ def build_trainer(config: RunConfig, out: Path, *, device: str | None = None, qu
     )  # fmt: skip
     described = [source.describe() for source in sources]
     progress = "quiet" if quiet else "auto"
-    return Trainer(model, loader, recipe, out, config=model_config, tokenizer=tokenizer, progress=progress, data=described)
+    return Trainer(
+        model, loader, recipe, out,
+        config=model_config, tokenizer=tokenizer, progress=progress, data=described, threads=AdaptiveThreads(),
+    )  # fmt: skip
 
 
 def find_tokenizer(config: RunConfig, out: Path) -> Any:

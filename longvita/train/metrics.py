@@ -3,7 +3,7 @@
 One JSON object per step:
     step, loss (null when not finite), lr (before any part's multiplier), grad_norm (before clipping; null when not finite),
     tokens and supervised_tokens (of this step, all ranks), tokens_per_second, fill_rate (tokens / room of this step's rows),
-    dropped (samples so far, by reason), peak_rss_bytes (this process), seconds (this step),
+    dropped (samples so far, by reason), peak_rss_bytes (this process), seconds (this step), threads (of this process),
     skipped (null, or why no optimizer step was taken: "nothing supervised" or "non-finite")
 """
 

@@ -3,6 +3,8 @@
     trainer = Trainer(model, loader, stage1(steps=200, …), "runs/stage1", config=config, tokenizer=tokenizer)
     summary = trainer.train()      # the same lines, run again, resume from the newest valid checkpoint, bit for bit
 
+On a CPU "bit for bit" needs the same number of threads in both runs (see longvita/threads.py); metrics.jsonl has it for every step.
+
 A run directory holds config.json, tokenizer.json, metrics.jsonl and checkpoints/step-*.
 
 `loader` is an iterable of packed rows (`Batch`) that also has `state_dict()`, `load_state_dict()` and `stats.dropped`; after its last row
@@ -27,6 +29,7 @@ from torch import nn
 
 from longvita.config import LongVitaConfig
 from longvita.model.checkpoint_io import atomic_write_json
+from longvita.threads import AdaptiveThreads
 from longvita.train import checkpoint, optim, parallel
 from longvita.train.metrics import PROGRESS, MetricsLog, Progress, peak_rss_bytes, read_metrics, summarize
 from longvita.train.recipes import FREE_FIELDS, Recipe
@@ -56,17 +59,19 @@ class Trainer:
     progress   "auto" (a bar on a terminal, lines elsewhere), "bar", "lines" or "quiet"
     on_step    called as on_step(step, row) after every step with the row of metrics.jsonl
     data       JSON-ready description of the data, part of the configuration that a resumption must match
+    threads    changes the number of threads when other programs take cores (on a GPU, where it matters little, it is not asked)
     """
 
     def __init__(
         self, model: nn.Module, loader, recipe: Recipe, run_dir, *, config: LongVitaConfig, tokenizer=None, progress: str = "auto",
-        on_step: Callable[[int, dict], None] | None = None, data: dict | list | None = None,
+        on_step: Callable[[int, dict], None] | None = None, data: dict | list | None = None, threads: AdaptiveThreads | None = None,
     ):  # fmt: skip
         if progress not in PROGRESS:
             raise ValueError(f"progress: expected one of {', '.join(PROGRESS)}; got {progress!r}")
         self.model, self.loader, self.recipe, self.config = model, loader, recipe, config
         self.run_dir, self.tokenizer, self.progress, self.on_step = Path(run_dir), tokenizer, progress, on_step
         self.device = next(model.parameters()).device
+        self.threads = threads if self.device.type == "cpu" else None
         self.rows, self._rounding = recipe.rows_per_rank(parallel.world_size())
         if getattr(loader, "world_size", 1) != 1:
             raise ValueError("give every rank a loader of the whole data (rank=0, world_size=1): the trainer deals the rows to the ranks")
@@ -119,6 +124,9 @@ class Trainer:
                 self._guard(problem, progress)
                 if self.on_step is not None:
                     self.on_step(self.step, row)
+                change = self.threads.adapt() if self.threads is not None else None
+                if change:
+                    progress.note(f"{change} from step {self.step + 1}")
                 stop = parallel.sum_numbers([float(stopped.is_set())], self.device)[0] > 0
                 if stop or self.step == recipe.steps or self.step % recipe.checkpoint_every == 0:
                     saved = self._save(log)
@@ -159,6 +167,7 @@ class Trainer:
             "dropped": dict(self.loader.stats.dropped),
             "peak_rss_bytes": peak_rss_bytes(),
             "seconds": seconds,
+            "threads": torch.get_num_threads(),
             "skipped": "non-finite" if problem else None if supervised else "nothing supervised",
         }
         return row, problem

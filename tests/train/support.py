@@ -71,10 +71,10 @@ def recipe(**overrides):
     return stage2(**{**small, **overrides})
 
 
-def make_trainer(run_dir, *, rows=None, model=None, on_step=None, progress="quiet", **overrides) -> Trainer:
+def make_trainer(run_dir, *, rows=None, model=None, on_step=None, threads=None, progress="quiet", **overrides) -> Trainer:
     loader = Rows([make_row(seed) for seed in range(7)] if rows is None else rows)
     model = make_model() if model is None else model
-    return Trainer(model, loader, recipe(**overrides), run_dir, config=CONFIG, progress=progress, on_step=on_step)
+    return Trainer(model, loader, recipe(**overrides), run_dir, config=CONFIG, progress=progress, on_step=on_step, threads=threads)
 
 
 def weights(model) -> dict[str, torch.Tensor]:

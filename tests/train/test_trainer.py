@@ -197,7 +197,7 @@ def test_run_directory(tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3]
     expected = {
         "step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second", "fill_rate", "dropped", "peak_rss_bytes",
-        "seconds", "skipped",
+        "seconds", "threads", "skipped",
     }  # fmt: skip
     assert set(rows[0]) == expected
     assert rows[0]["tokens"] == 2 * TOKENS and rows[0]["fill_rate"] == 1.0 and rows[0]["dropped"] == {"too long": 3}

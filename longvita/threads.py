@@ -1,0 +1,140 @@
+"""How many threads compute, and how they wait for each other, on a machine that other programs use too.
+
+    set_wait_policy()                  # before torch is imported: the command line does this first
+    threads = AdaptiveThreads()        # after torch is imported, on the main thread
+    for batch in loader:
+        train_step(batch)
+        change = threads.adapt()       # None, or a line that says what changed and why
+
+A parallel loop ends when its last thread is done. If another program keeps one core busy, one of the threads is preempted, and the others
+wait for it. They wait by spinning, and libgomp spins for so long by default that this uses up the time slices in which the work could be
+done: on 2 cores, beside a process that keeps one of them busy, training of the tiny model fell to 0.12 of its rate alone. A shorter spin
+(`set_wait_policy`) brings that to 0.3 to 0.5, and one thread for each core that is free (`AdaptiveThreads`) to 0.5 to 0.7.
+
+With another number of threads torch's own CPU kernels sum in another order (matrix products with more than about 1,000 rows to sum over,
+sums over a whole tensor, gradients of convolutions), so results differ in their last bits. Where runs must agree bit for bit on a CPU, fix
+the number with OMP_NUM_THREADS: then `AdaptiveThreads` does nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, MutableMapping
+from typing import NamedTuple
+
+# How often a waiting thread looks before it sleeps, if the user sets nothing. libgomp's own default, 300,000, is 3 ms or more, about
+# the time slice of a preempted thread. A step of the tiny model computes in Python for some 10 to 100 µs between two parallel loops,
+# and waking a thread that sleeps takes about 50 µs, so spinning should bridge these gaps and no more. One look takes about 10 ns on one
+# machine where this was measured and 47 ns on an Ice Lake (the processor's PAUSE instruction), so 10,000 looks are 0.1 to 0.5 ms.
+SPIN_COUNT = 10_000
+WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+FIXED_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # either of them decides torch's number of threads
+
+INTERVAL = 0.5  # seconds between two readings; the system counts CPU time in ticks of 10 ms, so shorter ones are too coarse
+# A thread gives way when other programs take more than TAKEN of its core. They get less than they want while we compete with them: a
+# process that would keep a core busy gets about half of it.
+TAKEN = 0.3
+FREE = 0.15  # a core counts as free again when other programs take less than this of it
+PATIENCE = 2  # readings in a row that must find the core free
+MAX_PATIENCE = 16  # the same, where the core was never free for long: another program that comes and goes
+
+
+def set_wait_policy(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Limits how long idle threads spin, in this process and its children, unless the user has said how they should wait.
+
+    libgomp reads the limit when it is loaded, with torch. After that a call does nothing.
+    """
+    if "torch" not in sys.modules and not any(name in environment for name in WAIT_VARIABLES):
+        environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+
+
+class Usage(NamedTuple):
+    """CPU time so far, in seconds, of the cores on which this process may run."""
+
+    cores: int
+    clock: float  # the time of the reading
+    busy: float  # of all programs on these cores, with what the hypervisor gave to other machines
+    own: float  # of all threads of this process, without its children
+
+
+def read_usage() -> Usage | None:
+    """A reading of /proc/stat, or None on a system that does not have it."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            lines = [line.split() for line in file if line.startswith("cpu")]
+    except OSError:
+        return None
+    mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    # user, nice, system, idle, iowait, irq, softirq, steal; what guests use is part of user
+    counts = [[int(word) for word in line[1:9]] for line in lines if line[0] in mine]
+    if not counts:
+        return None
+    ticks = sum(sum(count) - count[3] - count[4] for count in counts)
+    return Usage(len(counts), time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time())
+
+
+def cores_taken(before: Usage, after: Usage) -> float:
+    """How many cores other programs kept busy, on average, between two readings."""
+    taken = (after.busy - before.busy - (after.own - before.own)) / max(after.clock - before.clock, 1e-9)
+    return min(max(taken, 0.0), float(after.cores))
+
+
+class AdaptiveThreads:
+    """Gives torch one thread for each core that other programs leave free, up to the number it starts with.
+
+    Make one object for the whole run, and call `adapt()` once per training step on the thread that trains: OpenMP keeps the number
+    separately for each thread. It does nothing if the user fixed the number (with OMP_NUM_THREADS, as torchrun does) or if the system
+    has no /proc/stat.
+    """
+
+    def __init__(self, *, read: Callable[[], Usage | None] = read_usage, clock: Callable[[], float] = time.monotonic):
+        import torch
+
+        self._torch, self._read, self._clock = torch, read, clock
+        self.limit = torch.get_num_threads()
+        fixed = self.limit == 1 or any(os.environ.get(name) for name in FIXED_BY)
+        self._before = None if fixed else read()
+        self._free_readings = 0
+        self._patience = PATIENCE
+        self._readings_since_raised = MAX_PATIENCE
+
+    @property
+    def active(self) -> bool:
+        """Whether `adapt()` may ever change the number."""
+        return self._before is not None
+
+    def adapt(self) -> str | None:
+        """Sets the number of threads if it is time for a reading, and says why if that changes it."""
+        if self._before is None or self._clock() - self._before.clock < INTERVAL:
+            return None
+        now = self._read()
+        if now is None:
+            return None
+        taken = cores_taken(self._before, now)
+        self._before = now
+        threads = self._torch.get_num_threads()
+        wanted = self._decide(threads, now.cores, taken)
+        if wanted == threads:
+            return None
+        self._torch.set_num_threads(wanted)
+        return f"other programs keep {taken:.1f} of {now.cores} cores busy: {wanted} thread{'s' if wanted > 1 else ''}"
+
+    def _decide(self, threads: int, cores: int, taken: float) -> int:
+        """The number for the next steps: lower at once, higher only when the cores have been free for some readings."""
+        lower = max(1, math.floor(cores - taken + TAKEN))
+        higher = min(self.limit, math.floor(cores - taken + FREE))
+        self._readings_since_raised += 1
+        if lower < threads:
+            # A core that was lost again soon after it was free is waited for twice as long the next time.
+            soon = self._readings_since_raised < 2 * self._patience
+            self._patience = min(2 * self._patience, MAX_PATIENCE) if soon else PATIENCE
+            self._free_readings = 0
+            return lower
+        self._free_readings = self._free_readings + 1 if higher > threads else 0
+        if self._free_readings < self._patience:
+            return threads
+        self._free_readings = self._readings_since_raised = 0
+        return higher
