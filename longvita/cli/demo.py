@@ -1,9 +1,11 @@
-"""`longvita demo`: the main job in small, on real input."""
+"""`longvita demo`: the main job in small, on real input. Exit code 1 when something was not learned; the report says what."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+
+from longvita.cli import errors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     from longvita.demo.plan import make_plan
 
     name = "quick" if args.quick else "full" if args.full else "default"
@@ -26,4 +28,6 @@ def run(args: argparse.Namespace) -> None:
 
     tell = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
     demo = Demo(plan, args.out, seed=args.seed, progress="quiet" if args.quiet else "auto", tell=tell)
-    print("\n".join(lines(demo.run(), demo.out)))
+    report = demo.run()
+    print("\n".join(lines(report, demo.out)))
+    return errors.OK if all(report["learned"].values()) else errors.FAILED

@@ -115,12 +115,12 @@ def make_plan(name: str, seed: int = 0) -> Plan:
 _SIZES = {
     "quick": dict(
         long_lrs=(3e-4, 2e-4), steps=(60, 120, 30, 30), contexts=(1024, 1024, 1024, 2048), batches=(2, 4, 4, 2),
-        pretrain=PretrainPlan(vision_steps=200, list_steps=40, text_steps=160), lengths=(512, 1024, 2048),
+        pretrain=PretrainPlan(vision_steps=200, list_steps=40, text_steps=240), lengths=(512, 1024, 2048),
         goals=Goals(images=0.9, video=0.8, text=0.8), questions=4, full_questions=10, controls=8,
     ),
     "default": dict(
         long_lrs=(1e-3, 4e-4), steps=(60, 150, 50, 60), contexts=(1024, 1024, 2048, 8192), batches=(2, 4, 4, 1),
-        pretrain=PretrainPlan(vision_steps=300, list_steps=40, text_steps=200), lengths=(1024, 2048, 4096, 8192),
+        pretrain=PretrainPlan(vision_steps=300, list_steps=40, text_steps=240), lengths=(1024, 2048, 4096, 8192),
         goals=Goals(images=0.95, video=0.85, text=0.8),
     ),
     "full": dict(

@@ -151,11 +151,11 @@ def pretrain_text(
     for draw in range(plan.draws):
         recall_init(model, processor, seed + 1_000_003 * draw)
         lessons = Lessons(processor, longest, np.random.default_rng([seed, 2, draw]))
-        fit(model, "text", [], plan.list_steps, _mean_loss(model, lessons.lists, plan.list_steps), "decoder, lists of codes", tell, each_step)
+        fit(model, "text", [], plan.list_steps, mean_loss(model, lessons.lists, plan.list_steps), "decoder, lists of codes", tell, each_step)
         steps += plan.list_steps
         for _ in range(plan.rounds):
             rounds += 1
-            fit(model, "text", [], plan.text_steps, _mean_loss(model, lessons.texts, plan.text_steps), "decoder, texts", tell, each_step)
+            fit(model, "text", [], plan.text_steps, mean_loss(model, lessons.texts, plan.text_steps), "decoder, texts", tell, each_step)
             steps += plan.text_steps
             found = recall(model, tests)
             learned = min(found.values()) >= plan.recall_goal
@@ -169,7 +169,7 @@ def pretrain_text(
     return {"learned": False, "recall": found, "draws": plan.draws, "rounds": rounds, "text_steps": steps}
 
 
-def _mean_loss(model: LongVita, batch_at: Callable[[float], Batch], steps: int) -> Callable[[int], Tensor]:
+def mean_loss(model: LongVita, batch_at: Callable[[float], Batch], steps: int) -> Callable[[int], Tensor]:
     """step → the loss per supervised token; `batch_at` takes the share of the steps that are done."""
 
     def loss_at(step: int) -> Tensor:

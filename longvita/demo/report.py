@@ -8,6 +8,9 @@ import io
 import os
 import platform
 import re
+import statistics
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +29,18 @@ CHANCE = 0.1
 EXAMPLE_SEED = 77
 
 
-def assemble(demo, prepared: dict, pretrained: dict, stages: list[dict], measured: dict[str, dict]) -> dict:
-    """The report's dictionary, as design and README describe it."""
+def assemble(demo, expected: dict, prepared: dict, pretrained: dict, stages: list[dict], measured: dict[str, dict]) -> dict:
+    """The report's dictionary, as the README describes it."""
     needle = {}
     for kind in KINDS:
         removed, stage2 = measured[f"removed_{kind}"], measured[f"stage2_{kind}"]
         needle[kind] = {
             **measured[f"needle_{kind}"],
-            "full_length_accuracy": float(np.mean(measured[f"needle_{kind}"]["accuracy"][-1])),
-            "needle_removed": {"length": removed["lengths"][0], "accuracy": removed["mean"], "questions": removed["questions"]},
-            "stage2_model": {"length": stage2["lengths"][0], "accuracy": stage2["mean"], "questions": stage2["questions"]},
+            "full_length": {"length": measured[f"needle_{kind}"]["lengths"][-1], **measured[f"needle_{kind}"]["by_length"][-1]},
+            "needle_removed": {"length": removed["lengths"][0], **removed["by_length"][0]},
+            "stage2_model": {"length": stage2["lengths"][0], **stage2["by_length"][0]},
         }
+    goals = demo.plan.goals
     evaluation = sum(part["seconds"] for part in measured.values())
     training = sum(stage["seconds"] for stage in stages)
     return {
@@ -44,7 +48,14 @@ def assemble(demo, prepared: dict, pretrained: dict, stages: list[dict], measure
         "seed": demo.seed,
         "parameters": demo.config.num_params(),
         "context_tokens": demo.plan.context_tokens,
+        "goals": {"recall": demo.plan.pretrain.recall_goal, **asdict(goals)},
+        "learned": {
+            "recall": pretrained["learned"],
+            "images": measured["images"]["accuracy"] >= goals.images,
+            **{kind: needle[kind]["full_length"]["accuracy"] >= getattr(goals, kind) for kind in KINDS},
+        },
         "image_accuracy": measured["images"]["accuracy"],
+        "image_interval": measured["images"]["interval"],
         "image_accuracy_stage2": measured["images_stage2"]["accuracy"],
         "image_questions": measured["images"]["questions"],
         "needle": needle,
@@ -54,38 +65,87 @@ def assemble(demo, prepared: dict, pretrained: dict, stages: list[dict], measure
         "material": prepared,
         "seconds": {
             "material": prepared["seconds"], "pretraining": pretrained["seconds"], "training": training, "evaluation": evaluation,
-            "total": prepared["seconds"] + pretrained["seconds"] + training + evaluation,
+            "estimate": expected["seconds"],
+            "total": expected["seconds"] + prepared["seconds"] + pretrained["seconds"] + training + evaluation,
         },
-        "peak_rss_bytes": max(part["peak_rss_bytes"] for part in [prepared, pretrained, *stages, *measured.values()]),
+        "estimated": {key: expected[key] for key in ("total", "parts", "units", "threads")},
+        "peak_rss_bytes": max(part["peak_rss_bytes"] for part in [expected, prepared, pretrained, *stages, *measured.values()]),
         "machine": machine(),
     }  # fmt: skip
 
 
 def machine() -> dict:
+    """What computed: the processor, the instruction sets in use (and what caps them, if anything does), and the rate of torch.mm."""
     from longvita_kernels import native
 
     return {
-        "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "instruction_set": native.isa() if native.load() else None,
+        "system": f"{platform.system()} {platform.machine()}", "processor": processor_name(), "python": platform.python_version(),
+        "torch": torch.__version__, "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_capability_cap": os.environ.get("ATEN_CPU_CAPABILITY"), "threads": torch.get_num_threads(),
+        "instruction_set": native.isa() if native.load() else None, "instruction_set_cap": os.environ.get("LONGVITA_ISA"),
+        "matmul_gflops": matmul_gflops(),
     }  # fmt: skip
+
+
+def processor_name() -> str:
+    """As Linux names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def matmul_gflops(size: int = 1024, times: int = 10) -> float:
+    """The rate of a float32 matrix product of `size` × `size` on torch's threads, the median of some: the machine's ceiling here."""
+    a = torch.ones(size, size)
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        a @ a
+        took.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(took) / 1e9
 
 
 def lines(report: dict, out: Path) -> list[str]:
     """The result in a few lines for the terminal."""
-    needle, seconds = report["needle"], report["seconds"]
-    text = [f"held-out images: {report['image_accuracy']:.3f} right ({report['image_questions']} questions)"]
+    needle, seconds, learned = report["needle"], report["seconds"], report["learned"]
+    text = []
+    if not learned["recall"]:
+        text.append(f"pre-training: NOT LEARNED, {shares(report['pretraining']['recall'])} recalled from held-out short texts")
+    text.append(f"held-out images: {report['image_accuracy']:.3f} right ({report['image_questions']} questions){verdict(report, 'images')}")
     for kind in KINDS:
         grid = needle[kind]
-        by_length = ", ".join(f"{length:,}: {np.mean(row):.2f}" for length, row in zip(grid["lengths"], grid["accuracy"], strict=True))
+        full, removed = grid["full_length"], grid["needle_removed"]
+        by_length = ", ".join(f"{length:,}: {part['accuracy']:.2f}" for length, part in zip(grid["lengths"], grid["by_length"], strict=True))
         text.append(
-            f"{kind} needle by tokens: {by_length}  (needle removed: {grid['needle_removed']['accuracy']:.2f}, stage 2's model at full "
-            f"length: {grid['stage2_model']['accuracy']:.2f}, chance {report['chance']})"
+            f"{kind} needle{' (whole codes)' if kind == 'text' else ''} by tokens: {by_length}{verdict(report, kind)}\n"
+            f"  at {full['length']:,} tokens {interval(full)}; needle removed {interval(removed)}; stage 2's model "
+            f"{interval(grid['stage2_model'])}; chance {report['chance']}"
         )
-    total = seconds["total"] / 60
-    text.append(f"{total:.1f} minutes in all, {report['peak_rss_bytes'] / 2**30:.2f} GiB of memory at most")
+    text.append(
+        f"{seconds['total'] / 60:.1f} minutes in all (estimate: {report['estimated']['total'] / 60:.1f}), "
+        f"{report['peak_rss_bytes'] / 2**30:.2f} GiB of memory at most"
+    )
     text.append(f"report: {out / 'report.json'}   pictures: loss.png, needle.png   answers: {out / 'answers.html'}")
     text.append(f'talk to it: longvita chat --run {os.path.relpath(out)} --image digit.jpg --prompt "{haystack.IMAGE_QUESTION}"')
+    missing = [name for name, reached in learned.items() if not reached]
+    if missing:
+        text.append(f"NOT LEARNED: {', '.join(missing)}. Try another --seed, or --full for longer training")
     return text
+
+
+def verdict(report: dict, name: str) -> str:
+    """Nothing where the goal is reached, else that it is not."""
+    return "" if report["learned"][name] else f"  NOT LEARNED (goal {report['goals'][name]:.2f})"
+
+
+def interval(part: dict) -> str:
+    """ "0.92 (0.85 to 0.96)": a share with its 95 % interval."""
+    low, high = part["interval"]
+    return f"{part['accuracy']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def shares(recall: dict) -> str:
+    return ", ".join(f"{kind} {value:.2f}" for kind, value in recall.items())
 
 
 def write(demo, report: dict) -> None:
@@ -111,7 +171,7 @@ def page(demo, report: dict) -> str:
     sections = [
         (
             "Images",
-            f"{report['image_accuracy']:.1%} of {report['image_questions']} held-out digits read correctly.",
+            f"{report['image_accuracy']:.1%} of {report['image_questions']} held-out digits read correctly{verdict(report, 'images')}.",
             image_cards(demo, rng, ask),
         ),
         ("Long videos", _needle_words(report, "video"), video_cards(demo, processor, rng, ask)),
@@ -132,11 +192,12 @@ def page(demo, report: dict) -> str:
 
 def _needle_words(report: dict, kind: str) -> str:
     grid = report["needle"][kind]
+    full, removed = grid["full_length"], grid["needle_removed"]
     hay = "One frame of the video has a red border" if kind == "video" else "Somewhere in the text a code is told"
     return (
-        f"{hay}. At {grid['lengths'][-1]:,} tokens {grid['full_length_accuracy']:.0%} of the questions are answered correctly; with the "
-        f"needle removed {grid['needle_removed']['accuracy']:.0%} (chance is {report['chance']:.0%}), and by the model of stage 2, which "
-        f"never saw more than a fraction of that length, {grid['stage2_model']['accuracy']:.0%}."
+        f"{hay}. At {full['length']:,} tokens {full['accuracy']:.0%} of {full['questions']} questions are answered correctly"
+        f"{verdict(report, kind)}; with the needle removed {removed['accuracy']:.0%} (chance is {report['chance']:.0%}), and by the model of "
+        f"stage 2, which never saw more than a fraction of that length, {grid['stage2_model']['accuracy']:.0%}."
     )
 
 
@@ -147,7 +208,7 @@ def image_cards(demo, rng: np.random.Generator, ask) -> list[str]:
         path = demo.material / image_path("held_out", number)
         answer = ask(Sample([{"role": "user", "content": "<image>\n" + haystack.IMAGE_QUESTION}], images=[os.fspath(path)]))
         picture = f"<img class='digit' alt='a handwritten digit' src='{_data_url(path.read_bytes(), 'jpeg')}'>"
-        cards.append(_card(picture, haystack.IMAGE_QUESTION, answer, int(digits.labels[number])))
+        cards.append(_card(picture, haystack.IMAGE_QUESTION, answer, str(digits.labels[number])))
     return cards
 
 
@@ -169,7 +230,7 @@ def video_cards(demo, processor, rng: np.random.Generator, ask) -> list[str]:
                 f"<img class='sheet' alt='all frames' src='{contact_sheet(frames)}'>{link}",
                 haystack.VIDEO_QUESTION,
                 answer,
-                digit,
+                str(digit),
                 wide=True,
             )
         )
@@ -189,7 +250,7 @@ def text_cards(demo, processor, rng: np.random.Generator, ask) -> list[str]:
         before, after = body[: fact.start()], body[fact.end() :]
         near = f"{html.escape(before[-220:])}<mark>{fact[0]}</mark>{html.escape(after[:220])}"
         shown = f"<p class='text'><i>{len(before):,} characters</i> … {near} … <i>{len(after):,} characters</i></p>"
-        cards.append(_card(shown, asked, answer, needle.digit, wide=True))
+        cards.append(_card(shown, asked, answer, needle.answer, wide=True))
     return cards
 
 
@@ -208,9 +269,9 @@ def contact_sheet(frames_FSS3: np.ndarray, columns: int = 35) -> str:
     return _data_url(file.getvalue(), "jpeg")
 
 
-def _card(material: str, question: str, answer: str, digit: int, *, wide: bool = False) -> str:
-    right = score(answer, digit)
-    verdict = "<span class='right'>right</span>" if right else f"<span class='wrong'>wrong: {digit}</span>"
+def _card(material: str, question: str, answer: str, expected: str, *, wide: bool = False) -> str:
+    right = score(answer, expected)
+    verdict = "<span class='right'>right</span>" if right else f"<span class='wrong'>wrong: {expected}</span>"
     return (
         f"<div class='card{' wide' if wide else ''}'>{material}<p class='q'>{html.escape(question)}</p>"
         f"<p class='a'>{html.escape(answer.strip()) or '(nothing)'} {verdict}</p></div>"

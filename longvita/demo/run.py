@@ -16,13 +16,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from longvita.data.loader import PackedLoader
-from longvita.demo import evaluate, material, pretrain, report
+from longvita.demo import estimate, evaluate, material, pretrain, report
 from longvita.demo.plan import Plan, StagePlan
 from longvita.eval import haystack
 from longvita.model.checkpoint_io import WEIGHTS, atomic_write_json, load_weights, read_json, save_weights
 from longvita.model.loading import find_weights, load
 from longvita.model.long_vita import LongVita
+from longvita.threads import AdaptiveThreads
 from longvita.train.metrics import peak_rss_bytes
 from longvita.train.trainer import Trainer
 
@@ -35,6 +38,7 @@ class Demo:
     def __init__(self, plan: Plan, out: str | os.PathLike, *, seed: int = 0, progress: str = "auto", tell: Tell = print):
         self.plan, self.out, self.seed, self.progress, self.tell = plan, Path(out).absolute(), seed, progress, tell
         self.material = self.out / "material"
+        self.threads = AdaptiveThreads()
         self._claim()
         self.material.mkdir(exist_ok=True)
         self.tokenizer = material.make_tokenizer()
@@ -45,11 +49,12 @@ class Demo:
         """Does what is still to do and returns the report."""
         self.tell(announcement(self.plan, self.out, self.config.num_params()))
         started = time.perf_counter()
+        expected = self._once("estimate", self._estimate)
         prepared = self._once("material", self._prepare)
         pretrained = self._once("pretrained", self._pretrain)
         stages = [{"name": stage.name, **self._train(stage)} for stage in self.plan.stages]
         measured = {name: self._once(name, part) for name, part in evaluate.parts(self).items()}
-        result = report.assemble(self, prepared, pretrained, stages, measured)
+        result = report.assemble(self, expected, prepared, pretrained, stages, measured)
         result["this_run_seconds"] = time.perf_counter() - started
         report.write(self, result)
         return result
@@ -85,7 +90,24 @@ class Demo:
         atomic_write_json(path, result)
         return result
 
+    def each_step(self) -> None:
+        """Before every step of pre-training: as many threads as other programs leave cores."""
+        change = self.threads.adapt()
+        if change:
+            self.tell(f"  {change}")
+
     # ---- parts ----
+
+    def _estimate(self) -> dict:
+        """Times a few steps and says how long everything will take."""
+        units = estimate.measure(self)
+        parts = estimate.seconds(self.plan, units)
+        threads = torch.get_num_threads()
+        self.tell(
+            f"this machine: {units['short']:.2f} s a step on short texts, {units['long']:.1f} s at {self.plan.context_tokens:,} tokens "
+            f"({threads} thread{'s' if threads > 1 else ''}, float32): about {minutes(sum(parts.values()))} in all"
+        )
+        return {"units": units, "parts": parts, "total": sum(parts.values()), "threads": threads}
 
     def _prepare(self) -> dict:
         self.tell("material: writing images, videos and texts")
@@ -106,8 +128,8 @@ class Demo:
         self.tell("pre-training the two parts that the real model gets from InternViT and Qwen2.5 (nobody offers them this small)")
         model = LongVita(self.config)
         # Text first: another draw of the decoder draws the whole model.
-        text = pretrain.pretrain_text(model, self.processor, plan.pretrain, plan.context_tokens, self.seed, self.tell)
-        pretrain.pretrain_vision(model, haystack.load_digits()[0], plan.pretrain.vision_steps, self.seed, self.tell)
+        text = pretrain.pretrain_text(model, self.processor, plan.pretrain, plan.context_tokens, self.seed, self.tell, self.each_step)
+        pretrain.pretrain_vision(model, haystack.load_digits()[0], plan.pretrain.vision_steps, self.seed, self.tell, self.each_step)
         folder.mkdir(exist_ok=True)
         self.processor.save(folder)
         self.config.save(folder / "config.json")
@@ -137,6 +159,7 @@ class Demo:
             tokenizer=self.tokenizer,
             progress=self.progress,
             data={"plan": self.plan.name},
+            threads=self.threads,
         )
         run_dir.mkdir(exist_ok=True)
         self.processor.save(run_dir)
@@ -157,8 +180,13 @@ def announcement(plan: Plan, out: Path, params: int) -> str:
     """What will happen, and how long it takes."""
     contexts = " → ".join(f"{stage.recipe.sequence_length:,}" for stage in plan.stages)
     return (
-        f"Long-VITA in small ({plan.name}): {params:,} parameters, four stages at {contexts} tokens "
-        f"cores.\nIt writes digits as JPEG and MP4 and English text, pre-trains a tiny vision tower and decoder, trains stages 1 to 4, and "
+        f"Long-VITA in small ({plan.name}): {params:,} parameters, four stages at {contexts} tokens.\n"
+        f"It writes digits as JPEG and MP4 and English text, pre-trains a tiny vision tower and decoder, trains stages 1 to 4, and "
         f"then asks\nquestions about held-out images, videos and texts. Results go to {out}.\n"
         "Ctrl-C: the same command goes on where it stopped (pre-training, a few minutes, begins again if it was not finished)."
     )
+
+
+def minutes(seconds: float) -> str:
+    """ "9 minutes", "1.5 minutes"."""
+    return f"{seconds / 60:.0f} minutes" if seconds >= 300 else f"{seconds / 60:.1f} minutes"

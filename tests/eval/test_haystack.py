@@ -65,7 +65,7 @@ def test_a_fact_lies_at_its_depth(depth):
     body, _, question = needle.sample.messages[0]["content"].rpartition("\n")
     fact = re.search(r"Remember the code ([A-Z][a-z]+)(\d)\.", body)
     assert abs(fact.start() / len(body) - depth) < 0.06
-    assert int(fact[2]) == needle.digit and fact[1] in question and fact[1] in haystack.NAMES
+    assert fact[1] + fact[2] == needle.answer and fact[1] in question and fact[1] in haystack.NAMES
 
 
 def test_the_needle_can_be_removed():
@@ -74,7 +74,7 @@ def test_the_needle_can_be_removed():
     )
     assert "Remember the code" in with_fact.sample.messages[0]["content"]
     assert "Remember the code" not in without.sample.messages[0]["content"]
-    assert with_fact.digit == without.digit
+    assert with_fact.answer == without.answer
     assert with_fact.sample.messages[0]["content"].rpartition("\n")[2] == without.sample.messages[0]["content"].rpartition("\n")[2]
 
 

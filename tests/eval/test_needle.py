@@ -23,19 +23,35 @@ def processor(model):
 
 
 @pytest.mark.parametrize(
-    "answer, right",
+    "answer, expected, right",
     [
-        ("7", True),
-        ("The code is Oslo7.", True),
-        ("", False),
-        ("The code is Oslo3.", False),
-        ("77", False),
-        ("7 3", False),
-        ("seven", False),
+        ("7", "7", True),
+        (" 7.", "7", True),
+        ("", "7", False),
+        ("77", "7", False),
+        ("7 3", "7", False),
+        ("seven", "7", False),
+        ("Oslo7", "7", False),
+        ("The code is Oslo7.", "Oslo7", True),
+        ("The code is Oslo3.", "Oslo7", False),
+        ("The code is Rome7.", "Oslo7", False),
+        ("The code is 7.", "Oslo7", False),
+        ("The code is Oslo.", "Oslo7", False),
+        ("Oslo7, Rome3", "Oslo7", False),
+        ("", "Oslo7", False),
     ],
 )
-def test_only_the_one_right_digit_counts(answer, right):
-    assert needle.score(answer, 7) is right
+def test_only_the_one_right_number_counts_and_in_a_text_behind_the_right_name(answer, expected, right):
+    assert needle.score(answer, expected) is right
+
+
+def test_shares_have_wilson_s_intervals():
+    """Against values printed in textbooks (Newcombe, 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29)."""
+    for right, questions, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]:
+        found = needle.share(right, questions)
+        assert found["accuracy"] == right / questions and found["questions"] == questions
+        assert found["interval"] == pytest.approx([low, high], abs=1e-4)
+    assert needle.share(20, 20)["interval"] == pytest.approx([1 - 0.1611, 1.0], abs=1e-4)
 
 
 def test_an_oracle_scores_one_and_reads_the_fact_where_it_lies(model, processor, monkeypatch):
@@ -49,8 +65,11 @@ def test_an_oracle_scores_one_and_reads_the_fact_where_it_lies(model, processor,
         return answers
 
     monkeypatch.setattr(needle, "generate_ids", oracle)
-    grid = needle.needle_grid(model, processor, "text", lengths=[512, 256], depths=(1.0, 0.0), questions=3)
-    assert grid == {"lengths": [256, 512], "depths": [0.0, 1.0], "accuracy": [[1.0, 1.0], [1.0, 1.0]], "questions": 12, "mean": 1.0}
+    grid = needle.needle_grid(model, processor, "text", lengths=[512, 256], depths=(1.0, 0.0), questions=(3, 2))
+    assert grid == {
+        "lengths": [256, 512], "depths": [0.0, 1.0], "accuracy": [[1.0, 1.0], [1.0, 1.0]], "questions": 10, "mean": 1.0,
+        "by_length": [needle.share(4, 4), needle.share(6, 6)],
+    }  # fmt: skip
 
 
 def test_depths_are_counted_apart(model, processor, monkeypatch):
@@ -60,7 +79,7 @@ def test_depths_are_counted_apart(model, processor, monkeypatch):
 
     def watched(*args):
         for question in questions(*args):
-            truths.append(question.digit)
+            truths.append(int(question.answer))
             yield question
 
     def half(_, prompts, **__):
