@@ -22,7 +22,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import NamedTuple
 
 # How often a waiting thread looks before it sleeps, if the user sets nothing. libgomp's own default, 300,000, is 3 ms or more, about
@@ -49,6 +49,11 @@ def set_wait_policy(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     if "torch" not in sys.modules and not any(name in environment for name in WAIT_VARIABLES):
         environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+
+
+def wait_policy(environment: Mapping[str, str] = os.environ) -> str:
+    """How idle threads wait, as a user would set it."""
+    return " ".join(f"{name}={environment[name]}" for name in WAIT_VARIABLES if name in environment) or "the OpenMP runtime's default"
 
 
 class Usage(NamedTuple):
@@ -80,6 +85,14 @@ def cores_taken(before: Usage, after: Usage) -> float:
     """How many cores other programs kept busy, on average, between two readings."""
     taken = (after.busy - before.busy - (after.own - before.own)) / max(after.clock - before.clock, 1e-9)
     return min(max(taken, 0.0), float(after.cores))
+
+
+def sample_cores_taken(seconds: float = 0.3) -> float | None:
+    """How many cores other programs keep busy now, or None on a system that does not say."""
+    before = read_usage()
+    time.sleep(seconds)
+    after = read_usage()
+    return None if before is None or after is None else cores_taken(before, after)
 
 
 class AdaptiveThreads:

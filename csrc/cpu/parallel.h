@@ -1,7 +1,12 @@
 // Loops over threads. One that is not worth a second thread must not even ask the OpenMP runtime: a team of one costs a system call.
+//
+// No thread has a fixed share of the work, because a thread that another program has preempted would hold it up. So body(i) must not depend
+// on the thread that runs it, except through scratch memory that it fills itself.
 #pragma once
 #include <omp.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "longvita/isa.h"
@@ -10,16 +15,44 @@ namespace longvita::LV_ISA {
 
 constexpr int64_t kWorthThreads = 1 << 17;     // multiply-adds (about 10 µs of them) below which waking a second thread costs more than it brings
 
-// body(i) for 0 ≤ i < count, on `threads` threads where that is worth it: many equal steps, or (tasks) a few long ones of unequal length.
+// What is left of one thread's share. On a cache line of its own, because its owner asks for every chunk of it.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+constexpr int kMaxShares = 128;                // 8 KiB of stack
+constexpr int kHelped = 8;                     // shares of other threads that a thread looks at: each look fetches a cache line
+constexpr int64_t kChunks = 8;                 // of a share: at most one chunk of a preempted thread is waited for
+
+// body(i) for 0 ≤ i < count, on `threads` threads where that is worth it: many short steps. Each thread begins with a share of its own, the
+// same in every call, because much of what it reads is then in its own cache; when that is done, it takes chunks of others.
 template <class Body>
 void parallel_steps(int64_t count, int threads, bool worth, const Body& body) {
-  if (!worth || threads == 1) {
+  threads = int(std::min<int64_t>({threads, count, kMaxShares}));
+  if (!worth || threads <= 1) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < count; ++i) body(i);
+  Share shares[kMaxShares];
+  for (int t = 0; t < threads; ++t) {
+    shares[t].next.store(count * t / threads, std::memory_order_relaxed);
+    shares[t].end = count * (t + 1) / threads;
+  }
+  const int64_t chunk = std::max<int64_t>(1, count / (threads * kChunks));
+  const auto work_on = [&](Share& share) {
+    for (int64_t from; (from = share.next.fetch_add(chunk, std::memory_order_relaxed)) < share.end;) {
+      for (int64_t i = from; i < std::min(from + chunk, share.end); ++i) body(i);
+    }
+  };
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();      // the team may be smaller than asked for
+    for (int t = thread; t < threads; t += team) work_on(shares[t]);
+    for (int i = 1; i <= std::min(kHelped, threads - 1); ++i) work_on(shares[(thread + i) % threads]);
+  }
 }
+
+// The same for a few long steps of unequal length: in their order, by whichever thread is free.
 template <class Body>
 void parallel_tasks(int64_t count, int threads, bool worth, const Body& body) {
   if (!worth || threads == 1 || count <= 1) {

@@ -1,4 +1,7 @@
-"""`longvita doctor`: what is installed, what is missing and why. Exit code 0 when training and inference can run at full speed, else 1."""
+"""`longvita doctor`: what is installed, what is missing and why. Exit code 0 when training and inference can run at full speed, else 1.
+
+Other programs that keep the processor busy are a warning: they cost speed while they run, and nothing has to be put right.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from longvita import threads
 from longvita.cli import errors
 
 GIB = 2**30
@@ -35,7 +39,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine(directory: str | os.PathLike[str] = ".") -> dict[str, Any]:
-    """Everything that decides whether and how fast longvita runs here; `problems` lists what has to be put right."""
+    """Everything that decides whether and how fast longvita runs here.
+
+    `problems` lists what has to be put right, `warnings` what passes by itself.
+    """
     report: dict[str, Any] = {
         "longvita": _version("longvita"),
         "python": platform.python_version(),
@@ -46,12 +53,15 @@ def examine(directory: str | os.PathLike[str] = ".") -> dict[str, Any]:
         "native": _native(),
         "cuda_kernels": _cuda_kernels(),
         "openmp_runtimes": openmp_runtimes(),  # after torch and the native core are loaded
+        "wait_policy": threads.wait_policy(),
+        "cores_taken": threads.sample_cores_taken(),  # by other programs
         "extras": _extras(),
         "disk_free_bytes": shutil.disk_usage(directory).free,
         "memory_bytes": _memory("MemTotal"),
         "memory_free_bytes": _memory("MemAvailable"),
     }
     report["problems"] = problems(report)
+    report["warnings"] = warnings(report)
     return report
 
 
@@ -72,6 +82,14 @@ def problems(report: dict[str, Any]) -> list[str]:
     return found
 
 
+def warnings(report: dict[str, Any]) -> list[str]:
+    """What makes longvita slower at the moment."""
+    taken = report["cores_taken"]
+    if taken is None or taken <= threads.TAKEN:
+        return []
+    return [f"other programs keep {taken:.1f} of {report['cores']} cores busy: training will be slower, and measurements will mean little"]
+
+
 def print_report(report: dict[str, Any]) -> None:
     torch, native = report["torch"], report["native"]
     lines = [
@@ -83,7 +101,7 @@ def print_report(report: dict[str, Any]) -> None:
         ("torch", torch.get("missing") or f"{torch['version']}, {torch['threads']} threads, GPUs: {', '.join(torch['gpus']) or 'none'}"),
         ("native core", _native_line(native)),
         *([("CUDA kernels", report["cuda_kernels"] or "loaded")] if torch.get("gpus") else []),
-        ("OpenMP", ", ".join(report["openmp_runtimes"]) or "no runtime loaded"),
+        ("OpenMP", f"{', '.join(report['openmp_runtimes']) or 'no runtime loaded'}; idle threads wait by {report['wait_policy']}"),
     ]
     for extra, packages in report["extras"].items():
         missing = [name for name, installed in packages.items() if installed is None]
@@ -92,8 +110,9 @@ def print_report(report: dict[str, Any]) -> None:
     for name, text in lines:
         print(f"{name:<{width}}  {text}")
     print()
-    for problem in report["problems"]:
-        print(f"problem: {problem}")
+    for kind in ("warning", "problem"):
+        for text in report[f"{kind}s"]:
+            print(f"{kind}: {text}")
     print(f"{len(report['problems'])} problem(s) found." if report["problems"] else "All good.")
 
 

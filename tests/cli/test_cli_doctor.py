@@ -22,6 +22,7 @@ def test_json_report_of_this_machine(longvita):
     assert report["torch"]["threads"] >= 1 and report["cores"] >= 1
     assert report["native"]["loaded"] or report["native"]["missing"]
     assert report["memory_bytes"] > report["memory_free_bytes"] > 0
+    assert 0 <= report["cores_taken"] <= report["cores"] and report["wait_policy"]
 
 
 def test_lines_say_the_same(longvita):
@@ -73,3 +74,22 @@ def test_extras_say_what_is_missing(longvita, monkeypatch):
     out = longvita("doctor").out
     assert 'missing fastapi, uvicorn: pip install "longvita[serve]"' in out
     assert any(line.startswith("extra video") and line.endswith("installed") for line in out.splitlines())
+
+
+@pytest.mark.parametrize(("taken", "warned"), [(None, False), (0.1, False), (1.02, True)])
+def test_a_busy_machine_is_a_warning_and_not_a_problem(longvita, monkeypatch, taken, warned):
+    monkeypatch.setattr(doctor.threads, "sample_cores_taken", lambda: taken)
+    monkeypatch.setattr(doctor, "problems", lambda report: [])
+    result = longvita("doctor")
+    assert result.code == 0 and result.out.endswith("All good.\n")
+    assert ("warning: other programs keep 1.0 of " in result.out) == warned
+    report = json.loads(longvita("doctor", "--json").out)
+    assert report["cores_taken"] == taken and len(report["warnings"]) == warned
+
+
+def test_the_wait_policy_is_shown(longvita, monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1234")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert "idle threads wait by GOMP_SPINCOUNT=1234\n" in longvita("doctor").out
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert json.loads(longvita("doctor", "--json").out)["wait_policy"] == "the OpenMP runtime's default"
