@@ -21,7 +21,7 @@ from bench import machine, report, ring
 from bench.harness import Case, Result, failures, measure, reason, weigh
 from longvita_kernels import backends, native
 
-MODULES = ("varlen_attention", "linear_cross_entropy", "masked_lm_head", "pixel_shuffle_projection", "decode_attention", "dispatch")
+MODULES = ("varlen_attention", "linear_cross_entropy", "masked_lm_head", "pixel_shuffle_projection", "decode_attention", "dispatch", "host")
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

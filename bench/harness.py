@@ -76,8 +76,9 @@ def peak(most: int, name: str = OURS) -> Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One op on one shape.
+    """One op on one shape, or something else that takes time.
 
+    dtype, direction  of an op's case; None and "" where there is neither
     flops, bytes  useful work of one call: what the definition needs, masked pairs and recomputation not counted
     ceiling       "mm" (torch.mm of the same dtype) or "read" (reading memory): what the share is a share of; None: nothing of the kind
     goals         what the op is meant to reach on a CPU
@@ -86,8 +87,8 @@ class Case:
 
     op: str
     label: str
-    dtype: torch.dtype
-    direction: str
+    dtype: torch.dtype | None = None
+    direction: str = ""
     flops: int
     bytes: int
     ceiling: str | None
@@ -101,7 +102,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.label}, {self.direction}, {str(self.dtype).removeprefix('torch.')}"
+        return ", ".join(part for part in (self.label, self.direction, self.dtype_name) if part)
+
+    @property
+    def dtype_name(self) -> str:
+        return "" if self.dtype is None else str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, kw_only=True)

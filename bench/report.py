@@ -63,7 +63,7 @@ def as_dict(result: Result) -> dict:
     """One result for JSON."""
     case = result.case
     out = {
-        "op": case.op, "case": case.label, "direction": case.direction, "dtype": str(case.dtype).removeprefix("torch."),
+        "op": case.op, "case": case.label, "direction": case.direction, "dtype": case.dtype_name,
         "flops": case.flops, "bytes": case.bytes, "ceiling": case.ceiling, "problems": result.problems,
     }  # fmt: skip
     if not result.problems:
@@ -109,7 +109,7 @@ def plot(path: Path, results: list[Result]) -> None:
         for goal in (goal for goal in r.case.goals if goal.what == "share of the ceiling"):
             axes.plot([goal.least] * 2, [start - 0.5, at - 0.5], color="black", linewidth=1)
         ticks.append((start + at - 1) / 2)
-        labels.append(f"{r.case.label}\n{r.case.direction}, {str(r.case.dtype).removeprefix('torch.')}")
+        labels.append(f"{r.case.label}\n{r.case.direction}, {r.case.dtype_name}")
         at += 1
     axes.set_yticks(ticks, labels, fontsize=7)
     axes.invert_yaxis()

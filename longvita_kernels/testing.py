@@ -1,15 +1,24 @@
 """How accuracy is judged here, usable for your own kernels: the comparison rule, poisoned buffers, and runs of an `OpSpec`.
 
-The rule (`assert_accurate`): `ref` is the definition in float64, unrounded; `base` the plain torch composition in the inputs' dtype. Over
-all elements of an output or gradient
+The rule (`assert_accurate`): `ref` is the definition in float64, unrounded; `base` the plain torch composition in the inputs' dtype;
+`moved` is how far `ref` moves when every input is off by up to one rounding of float32. Over all elements of an output or gradient
 
-    max|out − ref| ≤ 2·max|base − ref| + 4·eps·rms(ref)      and      ‖out − ref‖ ≤ 1.5·‖base − ref‖ + eps·‖ref‖
+    max|out − ref| ≤ 2·max|base − ref| + 4·eps·rms(ref) + 4·max(moved)
+    ‖out − ref‖ ≤ 1.5·‖base − ref‖ + eps·‖ref‖ + 2·‖moved‖
 
 with eps of the output's dtype. Infinities must stand in the same places; then the finite part is compared. NaN fails. There are no reruns
 and no share of allowed mismatches; a looser factor stands in the OpSpec with its reason.
+
+Two things keep luck out of it. A sum that cancels is ill-conditioned: `base` may hit it by chance, and no other order of summation
+would. `moved` measures that condition; in 16 bits it is far below what `base` errs by. And the norm of a few errors says little, so a
+tensor with few elements is judged as a pool: it is joined with the same tensor of the same sample drawn from further seeds (`pools`),
+until the pool has `POOL` elements. Without further draws it is held to the first line alone.
 """
 
 import contextlib
+import dataclasses
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,18 +29,40 @@ from longvita_kernels.spec import FLOAT_DTYPES, Tolerance
 # ------------------------------------------------------------------------------------------------------------------------------- the rule
 
 
-def violation(out, ref, base, tolerance=None):
+# @@MEASURED@@
+POOL = 32  # elements
+MOVES = 2  # times that the inputs are moved; `moved` is the root of the mean square
+
+
+def violation(out, ref, base, tolerance=None, *, moved=None):
     """What is wrong with `out` under the rule, in words, or None if it holds.
 
-    out   the tensor under test, any dtype; an integer tensor counts as having the eps of float32
-    ref   float64, same shape; base same shape, any dtype. tolerance: spec.Tolerance, default the rule as it stands
+    out    the tensor under test, any dtype; an integer tensor counts as having the eps of float32
+    ref    float64, same shape; base same shape, any dtype; moved same shape, or None for 0
+    Each of these may be a list, one tensor for each draw: the pool is judged as one tensor.
+    tolerance  spec.Tolerance; default: the rule as it stands
     """
     tolerance = tolerance or Tolerance()
+    outs, refs, bases = (list(x) if isinstance(x, list | tuple) else [x] for x in (out, ref, base))
+    moves = [torch.zeros_like(x) for x in refs] if moved is None else list(moved) if isinstance(moved, list | tuple) else [moved]
+    parts = []
+    for number, draw in enumerate(zip(outs, refs, bases, moves, strict=True)):
+        problem = _mismatch(*draw[:3])
+        if problem is not None:
+            return problem if number == 0 else f"draw {number}: {problem}"
+        finite = ~draw[1].cpu().isinf()
+        parts.append([x.detach().to("cpu", torch.float64)[finite] for x in draw])
+    eps = torch.finfo(outs[0].dtype if outs[0].is_floating_point() else torch.float32).eps
+    out, ref, base, moved = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    return _bounds_violation(out - ref, base - ref, ref, moved, eps, tolerance) if ref.numel() else None
+
+
+def _mismatch(out, ref, base):
+    """What makes an error meaningless: another dtype or shape, NaN, an infinity in another place."""
     if ref.dtype != torch.float64:
         return f"the reference must be float64 (unrounded); got {ref.dtype}"
     if not out.shape == ref.shape == base.shape:
         return f"shapes differ: out {tuple(out.shape)}, ref {tuple(ref.shape)}, base {tuple(base.shape)}"
-    eps = torch.finfo(out.dtype if out.is_floating_point() else torch.float32).eps
     out, ref, base = (t.detach().to("cpu", torch.float64) for t in (out, ref, base))
     if out.isnan().any():
         return f"{int(out.isnan().sum())} of {out.numel()} elements are NaN, first at {_first(out.isnan())}"
@@ -40,23 +71,23 @@ def violation(out, ref, base, tolerance=None):
     if misplaced.any():
         at = _first(misplaced)
         return f"infinities do not match in {int(misplaced.sum())} places, first at {at}: out {float(out[at])}, ref {float(ref[at])}"
-    out, ref, base = out[~infinite], ref[~infinite], base[~infinite]
-    if not base.isfinite().all():
+    if not base[~infinite].isfinite().all():
         return "base is not finite where ref is, so it bounds nothing; choose smaller sample values or a better base"
-    if ref.numel() == 0:
-        return None
-    return _bounds_violation(out - ref, base - ref, ref, eps, tolerance)
+    return None
 
 
-def _bounds_violation(error, base_error, ref, eps, tolerance):
-    worst, base_worst, rms = float(error.abs().max()), float(base_error.abs().max()), float(ref.square().mean().sqrt())
-    limit = tolerance.max_factor * base_worst + 4 * eps * rms
+def _bounds_violation(error, base_error, ref, moved, eps, tolerance):
+    worst, base_worst, most_moved = (float(x.abs().max()) for x in (error, base_error, moved))
+    rms = float(ref.square().mean().sqrt())
+    limit = tolerance.max_factor * base_worst + 4 * eps * rms + 4 * most_moved
     if worst > limit:
-        return f"largest error {worst:.3e} exceeds {limit:.3e} (base {base_worst:.3e}, rms {rms:.3e})"
-    norm, base_norm, ref_norm = float(error.norm()), float(base_error.norm()), float(ref.norm())
-    limit = tolerance.norm_factor * base_norm + eps * ref_norm
+        return f"largest error {worst:.3e} exceeds {limit:.3e} (base {base_worst:.3e}, rms {rms:.3e}, moved {most_moved:.3e})"
+    if ref.numel() < POOL:
+        return None
+    norm, base_norm, ref_norm, moved_norm = (float(x.norm()) for x in (error, base_error, ref, moved))
+    limit = tolerance.norm_factor * base_norm + eps * ref_norm + 2 * moved_norm
     if norm > limit:
-        return f"error norm {norm:.3e} exceeds {limit:.3e} (base {base_norm:.3e}, ‖ref‖ {ref_norm:.3e})"
+        return f"error norm {norm:.3e} exceeds {limit:.3e} (base {base_norm:.3e}, ‖ref‖ {ref_norm:.3e}, ‖moved‖ {moved_norm:.3e})"
     return None
 
 
@@ -64,9 +95,9 @@ def _first(mask):
     return tuple(mask.nonzero()[0].tolist())
 
 
-def assert_accurate(out, ref, base, *, name="output", tolerance=None):
+def assert_accurate(out, ref, base, *, name="output", tolerance=None, moved=None):
     """Raise AssertionError, saying by how much, unless `out` obeys the rule at the top of this module. Arguments as in `violation`."""
-    problem = violation(out, ref, base, tolerance)
+    problem = violation(out, ref, base, tolerance, moved=moved)
     if problem is not None:
         raise AssertionError(f"{name}: {problem}")
 
@@ -191,42 +222,102 @@ def run(function, spec, sample, *, wrt=None, used=None, double=False, cotangents
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What a run of the op is held against: the float64 definition and the same-dtype composition, on the same cotangents."""
+    """What a run of the op is held against: the float64 definition and the same-dtype composition, on the same cotangents.
+
+    moved: how far the definition moves (see `movement`); None: not measured, which counts as 0.
+    """
 
     ref: Run
     base: Run
     cotangents: list
+    moved: Run | None = None
 
 
-def yardstick(spec, sample, *, used=None):
-    """Run definition and composition once; the cotangents have the dtypes of the op's own outputs."""
-    outputs = run(spec.op, spec, sample, wrt=()).outputs
+def yardstick(spec, sample, *, used=None, moves=MOVES):
+    """Run definition and composition once; the cotangents have the dtypes of the op's own outputs.
+
+    moves  how often the inputs are moved for `Yardstick.moved`; 0 leaves it out, which makes the rule stricter: for tensors so large that
+           the definition takes long
+    """
+    outputs = run(spec.reference, spec, sample, wrt=()).outputs
     cotangents = [cotangent(out, i) if out.is_floating_point() else None for i, out in enumerate(outputs.values())]
     ref = run(spec.reference, spec, sample, used=used, double=True, cotangents=cotangents)
     base = run(spec.base, spec, sample, used=used, cotangents=cotangents)
-    return Yardstick(ref, base, cotangents)
+    return Yardstick(ref, base, cotangents, movement(spec, sample, ref, used=used, cotangents=cotangents, moves=moves) if moves else None)
+
+
+def movement(spec, sample, ref, *, used=None, cotangents=None, moves=MOVES):
+    """How far each element of `ref` moves when every input and cotangent is off by up to one rounding of float32: a root mean square."""
+    generator = torch.Generator("cpu").manual_seed(2000)
+
+    def move(value):
+        if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_DTYPES:
+            return value
+        share = torch.rand(value.shape, generator=generator, dtype=torch.float64, device="cpu").mul_(2).sub_(1).to(value.device)
+        exact = value.detach().double()
+        return torch.where(exact.isfinite(), exact + exact * share * torch.finfo(torch.float32).eps, exact)
+
+    squares = Run(*({name: torch.zeros_like(x, dtype=torch.float64) for name, x in side.items()} for side in (ref.outputs, ref.grads)))
+    for _ in range(moves):
+        arguments = {name: move(value) for name, value in spec.bind(sample).items()}
+        there = dataclasses.replace(sample, args=(), kwargs=arguments)
+        got = run(spec.reference, spec, there, used=used, double=True, cotangents=[move(x) for x in cotangents])
+        for sums, exact, found in ((squares.outputs, ref.outputs, got.outputs), (squares.grads, ref.grads, got.grads)):
+            for name, x in exact.items():
+                if x.dtype == torch.float64:  # codes of a cache do not move: a bit is right or wrong
+                    sums[name] += (found[name] - x).square() / moves
+    return Run(*({name: x.sqrt() for name, x in side.items()} for side in (squares.outputs, squares.grads)))
+
+
+def pools(spec, dtype, device="cpu", seed=0):
+    """The samples of a spec, each as a list of draws: the sample of `seed`, and as many from other seeds as its smallest tensor needs to
+    have `POOL` elements (outputs and gradients that are not empty count, without infinities)."""
+
+    def smallest(sample):
+        outputs, bound = run(spec.reference, spec, sample, wrt=()).outputs, spec.bind(sample)
+        sizes = [int(x.isfinite().sum()) for x in outputs.values()] + [bound[name].numel() for name in sample.differentiable]
+        return min((size for size in sizes if size), default=POOL)
+
+    found = [[sample] for sample in spec.samples(dtype, device, seed)]
+    counts = [math.ceil(POOL / smallest(draws[0])) for draws in found]
+    for number in range(1, max(counts)):
+        last = max(i for i, count in enumerate(counts) if count > number)
+        for i, sample in enumerate(itertools.islice(spec.samples(dtype, device, seed + 1_000_000 * number), last + 1)):
+            if counts[i] > number:
+                found[i].append(sample)
+    return found
 
 
 def violations(spec, sample, got, measure):
-    """Every way in which the run `got` breaks the rule, as text lines (empty: it holds)."""
+    """Every way in which the run `got` breaks the rule, as text lines (empty: it holds). Lists of all three are draws, judged as a pool."""
+    draws, runs, measures = (x if isinstance(x, list) else [x] for x in (sample, got, measure))
+    refs, bases, moves = zip(*((m.ref, m.base, m.moved) for m in measures), strict=True)
     lines = []
-    for name, out in got.outputs.items():
-        lines.append((name, violation(out, measure.ref.outputs[name], measure.base.outputs[name], spec.tolerance(name, out.dtype))))
-    for name, grad in got.grads.items():
-        tolerance = spec.tolerance(f"grad {name}", grad.dtype)
-        lines.append((f"grad {name}", violation(grad, measure.ref.grads[name], measure.base.grads[name], tolerance)))
-    return [f"{spec.name}[{sample.label}] {name}: {problem}" for name, problem in lines if problem is not None]
+    for kind, prefix in (("outputs", ""), ("grads", "grad ")):
+        for name in getattr(runs[0], kind):
+            out, ref, base, moved = (
+                None if None in side else [getattr(part, kind)[name] for part in side] for side in (runs, refs, bases, moves)
+            )
+            problem = violation(out, ref, base, spec.tolerance(prefix + name, out[0].dtype), moved=moved)
+            if problem is not None:
+                lines.append(f"{spec.name}[{draws[0].label}] {prefix}{name}: {problem}")
+    return lines
 
 
 def check_sample(spec, sample, *, wrt=None, used=None, measure=None):
-    """Run the op on a sample under poisoned buffers and hold it to the rule; raises AssertionError with every violation."""
-    measure = measure or yardstick(spec, sample, used=used)
+    """Run the op on a sample under poisoned buffers and hold it to the rule; raises AssertionError with every violation.
+
+    A list of draws (see `pools`), with a list of their yardsticks or none, is judged as a pool. → the Run, or the list of them
+    """
+    draws = sample if isinstance(sample, list) else [sample]
+    measures = measure or [yardstick(spec, draw, used=used) for draw in draws]
+    measures = measures if isinstance(measures, list) else [measures]
     with poisoned_empty():
-        got = run(spec.op, spec, sample, wrt=wrt, used=used, cotangents=measure.cotangents)
-    lines = violations(spec, sample, got, measure)
+        got = [run(spec.op, spec, draw, wrt=wrt, used=used, cotangents=m.cotangents) for draw, m in zip(draws, measures, strict=True)]
+    lines = violations(spec, draws, got, measures)
     if lines:
         raise AssertionError("\n".join(lines))
-    return got
+    return got if isinstance(sample, list) else got[0]
 
 
 def check_samples(spec, samples, choices):

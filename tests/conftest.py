@@ -1,4 +1,4 @@
-"""Shared by all tests: one seed, few threads, no backend request left over from another test."""
+"""Shared by all tests: one seed (`--sample-seed`), few threads, no backend request left over from another test."""
 
 import os
 import time
@@ -11,19 +11,26 @@ import torch
 START = time.time()
 
 
+@pytest.fixture(scope="session")
+def sample_seed(request):
+    """The seed that the samples of ops are drawn from."""
+    return request.config.getoption("--sample-seed")
+
+
 @pytest.fixture(autouse=True)
-def _same_start():
+def _same_start(sample_seed):
     """Every test begins with the same random state and thread count and leaves the backend choice as it found it."""
     from longvita_kernels import backends
 
     before, threads = backends.requested(), torch.get_num_threads()
-    torch.manual_seed(0)
+    torch.manual_seed(sample_seed)
     yield
     torch.set_num_threads(threads)
     backends.use(before or "auto")
 
 
 def pytest_addoption(parser):
+    parser.addoption("--sample-seed", type=int, default=0, metavar="N", help="draw the samples of ops from this seed (default 0)")
     parser.addoption("--result", metavar="FILE", help="write what was run, where, and how it ended (for tests/RESULTS.md)")
 
 

@@ -97,7 +97,8 @@ def finish(hidden, weight, rows, kept_RV, factor, needs):
     """Gradients of hidden (T, H) and weight, where needed, from those of the logits of `rows`, times factor; rounded once."""
     grads = [torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else _common.absent(weight)]
     grads.insert(0, torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else _common.absent(hidden))
-    _run("finish", hidden, weight, rows, rows, 0.0, max(1, rows.shape[0]), kept_RV, grads, factor=float(factor))
+    softcap = 1.0 if kept_RV.dtype == torch.float32 else 0.0  # any softcap tells the kernel that they are float32 (keeps_bf16)
+    _run("finish", hidden, weight, rows, rows, softcap, max(1, rows.shape[0]), kept_RV, grads, factor=float(factor))
     return tuple(grads)
 
 

@@ -455,6 +455,7 @@ def _samples(dtype, device, seed):
     yield make("logits made again", 300, 24, 1100, supervised=0.9, low_memory=True, softcap=4.0, z_loss=0.01, label_smoothing=0.1)
     yield make("weighted mean", 19, 17, 41, weighted=True, strided=True, reduction="mean", z_loss=0.1)
     yield make("one row", 1, 16, 37)
+    yield make("few rows, softcap", 9, 48, 71, softcap=4.0)
     yield make("a vocabulary of one", 13, 16, 1, z_loss=0.1, reduction="none")
     yield make("nothing supervised", 11, 16, 37, supervised=0.0, reduction="mean")
     yield make("no rows", 0, 16, 37)

@@ -80,7 +80,7 @@ def test_a_small_run_on_two_processes_ends_with_json(capfd, tmp_path):
     for result in out["results"]:
         assert set(result["seconds"]) == {"one process", "ring", "all to all", "zigzag ring"} and not result.get("problems")
         assert result["bytes"]["ring"] < result["bytes"]["zigzag ring"]
-        assert result["times_ideal"]["ring"] > 0.5
+        assert result["times_ideal"]["ring"] == pytest.approx(2 * result["seconds"]["ring"] / result["seconds"]["one process"], rel=0.1)
 
 
 @pytest.mark.dist

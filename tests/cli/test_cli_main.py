@@ -5,7 +5,6 @@ import importlib
 import shlex
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -24,18 +23,25 @@ heavy = sorted({{"torch", "numpy", "matplotlib", "av", "transformers", "tokenize
 assert not heavy, heavy
 sys.exit(code)
 """
+ONLY_STANDARD = """
+import sys
+before = set(sys.modules)  # an editable install has loaded its own finder
+from longvita.cli import main
+try:
+    code = main(["--help"])
+except SystemExit as exit:
+    code = exit.code
+names = {name.partition(".")[0] for name in set(sys.modules) - before}
+installed = names - sys.stdlib_module_names - {"longvita"}
+assert not installed, installed
+sys.exit(code)
+"""
 
 
-def test_help_is_quick_and_needs_nothing():
-    best = 9.0
-    for _ in range(5):  # a shared machine: the quickest start counts
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH.format(argv=["--help"])], capture_output=True, text=True)
-        best = min(best, time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        if best < 0.3:
-            break
-    assert best < 0.3
+def test_help_loads_the_standard_library_alone():
+    """Which is what makes it quick; `python -m bench host --case help` measures the time."""
+    done = subprocess.run([sys.executable, "-c", ONLY_STANDARD], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for name, command in cli.COMMANDS.items():
         assert f"    {name} " in done.stdout and command.help.split()[0] in done.stdout
 

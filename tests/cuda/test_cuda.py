@@ -21,9 +21,10 @@ def _python(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
 
-def test_kernels_are_right():
+def test_kernels_are_right(sample_seed):
     done = _python(
-        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__).with_name("cuda_kernels.py")),
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--sample-seed={sample_seed}",
+        str(Path(__file__).with_name("cuda_kernels.py")),
         LONGVITA_CUDA_EMULATED=str(on_cpu.build()),
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-6000:]}{done.stderr[-2000:]}"

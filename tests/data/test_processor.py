@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from longvita.data.processor import Processor, collate
 from longvita.data.schema import DataError, Sample
 from longvita.data.template import SPECIAL_TOKENS
 from longvita.data.tiling import MEAN, STD
+from tests import counting
 from tests.data.support import make_image, make_video
 
 IMG = "<img>" + "<IMG_CONTEXT>" * 16 + "</img>"
@@ -255,15 +255,16 @@ def test_tiles_are_normalised_and_indexed_in_the_row(processor):
     assert batch.image_indices.shape == (2, 3, 16) and batch.image_indices.dtype == torch.int64
 
 
-def test_a_long_sample_is_encoded_quickly(processor):
-    """Its time grows with its length, not with its square: 8 times the frames may take 8 times as long, and half as much again."""
-    best = {}
-    for count in (56, 448) * 5:  # taken in turns, so that a loaded machine slows both
-        messages = [user(video(frames(count)), "Which frame?"), assistant("seven")]
-        started = time.perf_counter()
-        encoded = processor.encode(messages, max_tokens=8192).loaded()
-        best[count] = min(best.get(count, 1e9), time.perf_counter() - started)
-    assert encoded.num_tokens > 8000 and best[448] < 12 * best[56]
+def test_the_cost_of_a_long_sample_grows_with_its_length(processor):
+    """Eight times the frames take no more function calls, and eight times the memory (`python -m bench host --case frames`: the time)."""
+
+    def encode(count):
+        return processor.encode([user(video(frames(count)), "Which frame?"), assistant("seven")], max_tokens=8192).loaded()
+
+    assert encode(448).num_tokens > 8000
+    for cost, most in ((counting.calls, 1.1), (counting.peak_bytes, 9)):
+        short, long = (cost(lambda count=count: encode(count)) for count in (56, 448))
+        assert long <= most * short, (cost.__name__, short, long)
 
 
 # ---- keeping, and mistakes in setting up ----

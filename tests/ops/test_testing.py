@@ -37,7 +37,7 @@ def test_largest_error_has_exactly_the_stated_limit():
         out = ref.clone()
         out[7, 7] += share * limit
         only_largest = Tolerance(norm_factor=math.inf)
-        problem = testing._bounds_violation(out - ref, base.double() - ref, ref, torch.finfo(torch.float32).eps, only_largest)
+        problem = testing._bounds_violation(out - ref, base.double() - ref, ref, 0 * ref, torch.finfo(torch.float32).eps, only_largest)
         assert (problem is None) == accepted, (share, problem)
 
 
@@ -48,7 +48,7 @@ def test_norm_has_exactly_the_stated_limit():
     for share, accepted in ((0.999, True), (1.001, False)):
         error = direction * (share * limit / direction.norm())
         only_norm = Tolerance(max_factor=math.inf)
-        problem = testing._bounds_violation(error, base.double() - ref, ref, torch.finfo(torch.float32).eps, only_norm)
+        problem = testing._bounds_violation(error, base.double() - ref, ref, 0 * ref, torch.finfo(torch.float32).eps, only_norm)
         assert (problem is None) == accepted, (share, problem)
 
 

@@ -27,20 +27,20 @@ def _offsets(*lengths):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_forward_and_gradients_are_accurate(name, dtype):
-    check(name, dtype, lambda sample: [{}])
+def test_forward_and_gradients_are_accurate(sample_seed, name, dtype):
+    check(name, dtype, sample_seed, lambda sample: [{}])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ("merge_attention", "varlen_attention"))
-def test_frozen_inputs_and_unused_outputs(name, dtype):
+def test_frozen_inputs_and_unused_outputs(sample_seed, name, dtype):
     def choices(sample):
         names = sample.differentiable
         yield {"wrt": ()}
         yield from ({"wrt": tuple(n for n in names if n != frozen)} for frozen in names)
         yield from ({"used": (output,)} for output in all_specs()[name].outputs)
 
-    check(name, dtype, choices)
+    check(name, dtype, sample_seed, choices)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- varlen

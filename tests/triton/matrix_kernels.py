@@ -19,18 +19,18 @@ OPS = ("linear_cross_entropy", "masked_lm_head", "pixel_shuffle_projection")
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_forward_and_gradients_are_accurate(name, dtype):
-    check(name, dtype, lambda sample: [{}])
+def test_forward_and_gradients_are_accurate(sample_seed, name, dtype):
+    check(name, dtype, sample_seed, lambda sample: [{}])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_forward_alone_and_each_input_frozen_in_turn(name, dtype):
+def test_forward_alone_and_each_input_frozen_in_turn(sample_seed, name, dtype):
     def choices(sample):
         names = sample.differentiable
         return [{"wrt": ()}, *({"wrt": tuple(n for n in names if n != frozen)} for frozen in names)]
 
-    check(name, dtype, choices)
+    check(name, dtype, sample_seed, choices)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- masked_lm_head

@@ -19,9 +19,9 @@ def on_triton():
         yield
 
 
-def check(name, dtype, choices):
-    """Every sample of an op, with each of `choices(sample)` (see testing.check_samples)."""
+def check(name, dtype, seed, choices):
+    """Every sample of an op, with each of `choices(sample)` (see testing.check_samples): one draw of each, as a pool would take minutes."""
     spec = all_specs()[name]
-    samples = list(spec.samples(dtype, "cpu", 0))
+    samples = list(spec.samples(dtype, "cpu", seed))
     assert all(backends.choose(name, sample.args[0]) == "triton" for sample in samples)
     testing.check_samples(spec, samples, choices)

@@ -13,24 +13,27 @@ _QUICK = "not (frozen or bfloat16 or float32)"  # accuracy in float16, and what 
 each_file = pytest.mark.parametrize("file", ["attention_kernels.py", "matrix_kernels.py"])
 
 
-def _run(file, selection):
+def _run(file, selection, seed):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("LONGVITA_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, str(Path(__file__).with_name(file))]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--sample-seed={seed}", "-k", selection]
+    command.append(str(Path(__file__).with_name(file)))
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
     assert " passed" in done.stdout
 
 
+@pytest.mark.timeout(1800)
 @each_file
-def test_kernels_are_right(file):
-    _run(file, _QUICK)
+def test_kernels_are_right(sample_seed, file):
+    _run(file, _QUICK, sample_seed)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @each_file
-def test_kernels_in_every_dtype_with_each_input_frozen(file):
-    _run(file, f"not ({_QUICK})")
+def test_kernels_in_every_dtype_with_each_input_frozen(sample_seed, file):
+    _run(file, f"not ({_QUICK})", sample_seed)
 
 
 def test_kernels_compile_for_an_h100():
