@@ -24,9 +24,10 @@ DROPPED = ("answers", "labels")  # of a report: hundreds of strings that nobody 
 INTRODUCTION = """# Runs of the demo
 
 Every row is one run of `longvita demo` from an empty directory. Shares are of held-out questions, with their 95 % Wilson intervals: images
-(one handwritten digit each), a marked frame in a video and a whole code, name and digit, in a text, both at the longest context of the plan,
-and the same with the needle removed, where chance is 0.10. `rounds` counts the rounds of text pre-training that it took until the decoder
-passed its test. Minutes are those of material, training and evaluation together, beside the estimate that the run made in its first seconds.
+(one handwritten digit each), a marked frame in a video and a whole code, name and digit, in a text, both at the longest context of the
+plan, and the same with the needle removed, where chance is 0.10. `rounds` counts the rounds of text pre-training that it took until the
+decoder passed its test. Minutes are those of material, training and evaluation together, beside the estimate that the run made in its first
+seconds.
 `TFLOP` is these minutes times the rate of a float32 matrix product (`torch.mm`, 1,024 × 1,024) on the same threads in the same run: divide
 it by the rate of another machine to judge how long that one would take.
 
@@ -106,7 +107,8 @@ def page(runs: dict[str, dict]) -> str:
     if alone:
         text += [
             "## Pre-training of the decoder alone", "",
-            "| run | machine | codes recalled | marked frames in words | draws, rounds | learned | seconds |", "|---|---|---|---|---|---|---|",
+            "| run | machine | codes recalled | marked frames in words | draws, rounds | learned | seconds |",
+            "|---|---|---|---|---|---|---|",
             *(pretrain_row(name, run) for name, run in alone.items()), "",
         ]  # fmt: skip
     return "\n".join(text)

@@ -4,8 +4,8 @@
     seconds(demo.plan, units)                # {"material": …, "pretraining": …, "training": …, "evaluation": …}
 
 Four kinds of work make up nearly all of the time, each measured on the real model: a pre-training step on short texts, a pre-training step
-of the vision tower, a training step on one text of full length, and reading such a text to answer a question. What else belongs to a step or
-a question (video decoding, the projector, the few tokens of an answer) is proportional to them; the factors come from whole runs.
+of the vision tower, a training step on one text of full length, and reading such a text to answer a question. What else belongs to a step
+or a question (video decoding, the projector, the few tokens of an answer) is proportional to them; the factors come from whole runs.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """Weights of a decoder that recalls: the attention heads that recall needs are laid out, everything remains trainable.
 
 How a transformer recalls is known ("induction": a head that looks one token back, and a later one that looks for what followed the present
-token before), and takes a small model minutes, and luck, to discover. So these heads are put in place, as in mimetic initialisation (Trockman
-and Kolter, 2023):
+token before), and takes a small model minutes, and luck, to discover. So these heads are put in place, as in mimetic initialisation
+(Trockman and Kolter, 2023):
 
   layer 0, group 0   looks one token back and writes what stood there
-  layer 0, group 1   looks as far back as the name in "Which code starts with Oslo?" lies from the place of the answer that repeats it. It is
-                     what tells which code is asked for; without it training found the digit after any name, and the name only by luck
+  layer 0, group 1   looks as far back as the name in "Which code starts with Oslo?" lies from the place of the answer that repeats it. It
+                     tells which code is asked for: without it training found the digit after any name, and the name only by luck
   layer 1, group 0   looks for the tokens that follow an earlier copy of the present one
 
 The heads look a fixed distance back by a bias in q and k alone, which makes attention depend on distance alone: with k = c and q = c turned
-back by d positions, RoPE's score peaks at distance d. Their values (a projection of the token) are written along directions of their own. The
-matching head then compares the present token with what the first head wrote at every earlier one. It does so in RoPE's slow half, whose
+back by d positions, RoPE's score peaks at distance d. Their values (a projection of the token) are written along directions of their own.
+The matching head then compares the present token with what the first head wrote at every earlier one. It does so in RoPE's slow half, whose
 angles hardly change over the longest context: a match looks the same from every distance.
 """
 
@@ -27,7 +27,7 @@ from longvita.model.long_vita import LongVita
 
 STRENGTH = 6.0  # c: the score of distance d exceeds that of d ± 1 by about 0.6 c² / sqrt(head size)
 MATCH = 3.0  # q and k of the matching head
-QUIET = 0.1  # what a head that looks at distances keeps of its random weights; the matching head keeps three times as much in RoPE's fast half
+QUIET = 0.1  # what a head that looks at distances keeps of its random weights; the matching head keeps three times that in RoPE's fast half
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ Tell = Callable[[str], None]
 IMAGES_PER_STEP = 128
 RECENT = 20  # steps that a reported loss is the mean of
 LIST_TOKENS, LISTS_PER_STEP = 128, 8
-CODE_TOKENS, SPELLED_IMAGES, SPELLED_CAPTIONS, SPELLED_VIDEOS = 2048, 12, 8, 12  # of a step on texts
+CODE_TOKENS, SPELLED_IMAGES, SPELLED_CAPTIONS, SPELLED_VIDEOS = 2048, 12, 8, 20  # of a step on texts
 JOINED = 16  # conversations in one document, every other step: what stages 3 and 4 make of a row
 SPREAD = 0.75  # share of the documents whose positions jump
 QUESTION_TOKENS = 24  # before a sample's first answer: its question and the template's tokens, which no jump may split
@@ -151,17 +151,19 @@ def pretrain_text(
     for draw in range(plan.draws):
         recall_init(model, processor, seed + 1_000_003 * draw)
         lessons = Lessons(processor, longest, np.random.default_rng([seed, 2, draw]))
-        fit(model, "text", [], plan.list_steps, mean_loss(model, lessons.lists, plan.list_steps), "decoder, lists of codes", tell, each_step)
+        lists = mean_loss(model, lessons.lists, plan.list_steps)
+        fit(model, "text", [], plan.list_steps, lists, "decoder, lists of codes", tell, each_step)
         steps += plan.list_steps
         for _ in range(plan.rounds):
             rounds += 1
-            fit(model, "text", [], plan.text_steps, mean_loss(model, lessons.texts, plan.text_steps), "decoder, texts", tell, each_step)
+            texts = mean_loss(model, lessons.texts, plan.text_steps)
+            fit(model, "text", [], plan.text_steps, texts, "decoder, texts", tell, each_step)
             steps += plan.text_steps
             found = recall(model, tests)
             learned = min(found.values()) >= plan.recall_goal
             tell(
-                f"  recalled from held-out short texts: {found['text']:.2f} of the codes, {found['video']:.2f} of the marked frames in words "
-                f"(goal {plan.recall_goal:.2f}): {'learned' if learned else 'not learned yet'}"
+                f"  recalled from held-out short texts: {found['text']:.2f} of the codes, {found['video']:.2f} of the marked frames in "
+                f"words (goal {plan.recall_goal:.2f}): {'learned' if learned else 'not learned yet'}"
             )
             if learned:
                 return {"learned": True, "recall": found, "draws": draw + 1, "rounds": rounds, "text_steps": steps}
@@ -180,7 +182,7 @@ def mean_loss(model: LongVita, batch_at: Callable[[float], Batch], steps: int) -
 
 
 class Lessons:
-    """What the decoder is trained on: lists of codes, then texts of growing length together with the questions of the demo in words."""
+    """What the decoder learns from: lists of codes, then texts and the questions of the demo in words, both of growing length."""
 
     def __init__(self, processor, longest: int, rng: np.random.Generator):
         self.processor, self.longest, self.rng = processor, longest, rng
@@ -193,12 +195,12 @@ class Lessons:
 
     def texts(self, done: float) -> Batch:
         rng = self.rng
-        tokens = (256, 256, 512, 512, 1024)[int(5 * done)]
+        tokens, frames = ((256, 6), (256, 20), (512, 63), (512, 63), (1024, 63))[int(5 * done)]
         ask = 4 if tokens == 256 else 8
         samples = [text_needle(self.hay, self.processor, tokens, rng, facts=ask, ask=ask).sample for _ in range(CODE_TOKENS // tokens)]
         samples += [spelled_images(int(count), rng) for count in rng.choice((1, 1, 2, 3, 4), size=SPELLED_IMAGES)]
         samples += [spelled_caption(int(count), rng) for count in rng.integers(1, 13, size=SPELLED_CAPTIONS)]
-        samples += [spelled_video(int(count), rng) for count in rng.integers(1, 64, size=SPELLED_VIDEOS)]
+        samples += [spelled_video(int(count), rng) for count in rng.integers(1, frames + 1, size=SPELLED_VIDEOS)]
         encoded = [self.processor.encode(samples[i]) for i in rng.permutation(len(samples))]
         self._joined = not self._joined
         batch = collate(encoded[:JOINED], reset=False) if self._joined else collate(encoded, reset=True)
@@ -208,8 +210,8 @@ class Lessons:
 def spread_positions(batch: Batch, longest: int, rng: np.random.Generator) -> Batch:
     """The batch with jumps in its position ids, so that short documents show the distances of one of `longest` tokens.
 
-    As in PoSE (Zhu et al., 2023, arXiv:2309.10400): positions jump once in every sample, somewhere before its first question, and those of a
-    document end anywhere below `longest`. A quarter of the documents keep theirs.
+    As in PoSE (Zhu et al., 2023, arXiv:2309.10400): positions jump once in every sample, somewhere before its first question, and those of
+    a document end anywhere below `longest`. A quarter of the documents keep theirs.
     """
     jumps_T = np.zeros(batch.num_tokens, np.int64)
     supervised_T = batch.labels.numpy() != IGNORE
@@ -233,10 +235,11 @@ def spread_positions(batch: Batch, longest: int, rng: np.random.Generator) -> Ba
 def held_out_tests(processor, rng: np.random.Generator) -> dict[str, list[Batch]]:
     """{"text": texts of held-out prose with codes in them and questions about all, "video": marked frames in words}."""
     hay = TextHay(load_prose()[1], processor.tokenizer)
-    texts = [
-        collate([processor.encode(text_needle(hay, processor, tokens, rng, facts=codes, ask=codes).sample) for _ in range(count)], reset=True)
-        for tokens, (count, codes) in TESTED.items()
-    ]
+
+    def text(tokens: int, codes: int):
+        return processor.encode(text_needle(hay, processor, tokens, rng, facts=codes, ask=codes).sample)
+
+    texts = [collate([text(tokens, codes) for _ in range(count)], reset=True) for tokens, (count, codes) in TESTED.items()]
     videos = collate([processor.encode(spelled_video(TESTED_FRAMES, rng)) for _ in range(TESTED_VIDEOS)], reset=True)
     return {"text": texts, "video": [videos]}
 

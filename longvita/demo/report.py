@@ -115,7 +115,8 @@ def lines(report: dict, out: Path) -> list[str]:
     for kind in KINDS:
         grid = needle[kind]
         full, removed = grid["full_length"], grid["needle_removed"]
-        by_length = ", ".join(f"{length:,}: {part['accuracy']:.2f}" for length, part in zip(grid["lengths"], grid["by_length"], strict=True))
+        parts = zip(grid["lengths"], grid["by_length"], strict=True)
+        by_length = ", ".join(f"{length:,}: {part['accuracy']:.2f}" for length, part in parts)
         text.append(
             f"{kind} needle{' (whole codes)' if kind == 'text' else ''} by tokens: {by_length}{verdict(report, kind)}\n"
             f"  at {full['length']:,} tokens {interval(full)}; needle removed {interval(removed)}; stage 2's model "
@@ -196,8 +197,8 @@ def _needle_words(report: dict, kind: str) -> str:
     hay = "One frame of the video has a red border" if kind == "video" else "Somewhere in the text a code is told"
     return (
         f"{hay}. At {full['length']:,} tokens {full['accuracy']:.0%} of {full['questions']} questions are answered correctly"
-        f"{verdict(report, kind)}; with the needle removed {removed['accuracy']:.0%} (chance is {report['chance']:.0%}), and by the model of "
-        f"stage 2, which never saw more than a fraction of that length, {grid['stage2_model']['accuracy']:.0%}."
+        f"{verdict(report, kind)}; with the needle removed {removed['accuracy']:.0%} (chance is {report['chance']:.0%}), and by the model "
+        f"of stage 2, which never saw more than a fraction of that length, {grid['stage2_model']['accuracy']:.0%}."
     )
 
 

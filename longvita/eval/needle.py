@@ -4,8 +4,8 @@
     result["video"]["accuracy"][i][j]      # at lengths[i] (tokens of the whole conversation) and depths[j] (0 the start, 1 the end)
 
 The answer is a digit (of a video) or a whole code, name and digit (of a text: "Tunis8"). An answer counts when the only number in it
-is the right one, and in a text when it stands behind the right name. The digit is drawn uniformly and the question gives the name, so chance
-is 0.1 for both. Shares come with their 95 % Wilson intervals.
+is the right one, and in a text when it stands behind the right name. The digit is drawn uniformly and the question gives the name, so
+chance is 0.1 for both. Shares come with their 95 % Wilson intervals.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def test_twice_the_work_takes_longer():
     twice = estimate.seconds(plan, {name: 2 * value for name, value in units.items()})
     assert {name: 2 * value for name, value in once.items()} == pytest.approx(twice)
     more = dataclasses.replace(plan, full_questions=2 * plan.full_questions)
-    assert estimate.seconds(more, units)["evaluation"] > once["evaluation"] and estimate.seconds(more, units)["training"] == once["training"]
+    longer = estimate.seconds(more, units)
+    assert longer["evaluation"] > once["evaluation"] and longer["training"] == once["training"]
 
 
 def test_the_pictures_and_the_page_are_there(finished):
@@ -113,10 +114,9 @@ def test_stages_train_what_they_should(finished):
 
 def test_what_was_not_learned_is_said_and_ends_with_code_one(tmp_path, monkeypatch, capsys):
     """Goals that nothing can reach: every draw and round is tried, the rest of the demo runs, and nobody can miss the outcome."""
-    impossible = miniature()
-    impossible = dataclasses.replace(
-        impossible, goals=Goals(images=1.01, video=0.0, text=1.01), pretrain=dataclasses.replace(impossible.pretrain, recall_goal=1.01, draws=2)
-    )
+    possible = miniature()
+    harder = dataclasses.replace(possible.pretrain, recall_goal=1.01, draws=2)
+    impossible = dataclasses.replace(possible, goals=Goals(images=1.01, video=0.0, text=1.01), pretrain=harder)
     monkeypatch.setattr(demo_plan, "make_plan", lambda name, seed: impossible)
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr()

@@ -47,7 +47,8 @@ def test_only_the_one_right_number_counts_and_in_a_text_behind_the_right_name(an
 
 def test_shares_have_wilson_s_intervals():
     """Against values printed in textbooks (Newcombe, 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29)."""
-    for right, questions, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]:
+    printed = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
+    for right, questions, low, high in printed:
         found = needle.share(right, questions)
         assert found["accuracy"] == right / questions and found["questions"] == questions
         assert found["interval"] == pytest.approx([low, high], abs=1e-4)
