@@ -29,8 +29,8 @@ from typing import NamedTuple
 # time slice of the thread that it waits for. A training step of the tiny model is in Python for some 10 to 100 µs between two parallel
 # loops, now and then for longer, and waking a thread that sleeps takes about 40 µs, so spinning should bridge these gaps and no more. Alone
 # on 2 cores, stage 2 of the demo ran at 0.86 of the rate under libgomp's default with 10,000 looks and at 0.97 with 30,000 (steps on text
-# alone: 0.99 and 1.02). One look takes about 10 ns there and 47 ns on an Ice Lake, because the processor's PAUSE instruction does, so 30,000
-# looks are 0.3 to 1.4 ms.
+# alone: 0.99 and 1.02). One look is a PAUSE instruction, which takes about 10 ns there and 47 ns on an Ice Lake, so 30,000 looks are 0.3 to
+# 1.4 ms.
 SPIN_COUNT = 30_000
 WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 FIXED_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # either of them decides torch's number of threads
