@@ -22,6 +22,7 @@ from bench.harness import Case, Result, failures, measure, reason, weigh
 from longvita_kernels import backends, native
 
 MODULES = ("varlen_attention", "linear_cross_entropy", "masked_lm_head", "pixel_shuffle_projection", "decode_attention", "dispatch", "host")
+PROGRAMS = {"ring": ring, "busy": busy}  # several processes, with options of their own
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -94,8 +95,8 @@ def _without_peers(case):
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["ring"], ["busy"]):  # several processes, with options of their own
-        return {"ring": ring, "busy": busy}[argv[0]].main(argv[1:])
+    if argv and argv[0] in PROGRAMS:
+        return PROGRAMS[argv[0]].main(argv[1:])
     arguments = _arguments(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

@@ -238,7 +238,7 @@ def lines_of(result: dict) -> list[str]:
     return out
 
 
-def main(argv: list[str]) -> int:
+def _arguments(argv: list[str]) -> argparse.Namespace:
     about, usage = __doc__.split("\n\n")[1], __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m bench busy", description=about, epilog=f"Example: {usage}")
     parser.add_argument("--rounds", type=int, default=3, help="samples of each (default 3: 100 seconds on 2 cores)")
@@ -247,6 +247,11 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
         parser.error(f"rounds is {arguments.rounds}; expected at least 1")
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    arguments = _arguments(argv)
     if native.load() is None:
         print(f"python -m bench: there is nothing to measure: {native.why_missing()}", file=sys.stderr)
         return 2
