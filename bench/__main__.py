@@ -1,8 +1,8 @@
 """python -m bench varlen_attention --dtype bfloat16 --case packed
 
 Measures ops on this machine: checks each on the very tensors that it times, runs it, its peers and the machine's ceiling in the same
-rounds, and prints time, rate, share of the ceiling, peak memory and the ratio to each peer; one line of JSON last. Ring attention
-runs on several processes and has options of its own: python -m bench ring --help.
+rounds, and prints time, rate, share of the ceiling, peak memory and the ratio to each peer; one line of JSON last. What runs on several
+processes has options of its own: python -m bench ring --help (ring attention), python -m bench busy --help (training on a busy machine).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from bench import machine, report, ring
+from bench import busy, machine, report, ring
 from bench.harness import Case, Result, failures, measure, reason, weigh
 from longvita_kernels import backends, native
 
 MODULES = ("varlen_attention", "linear_cross_entropy", "masked_lm_head", "pixel_shuffle_projection", "decode_attention", "dispatch", "host")
+PROGRAMS = {"ring": ring, "busy": busy}  # several processes, with options of their own
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -94,8 +95,8 @@ def _without_peers(case):
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["ring"]:  # several processes, with options of its own
-        return ring.main(argv[1:])
+    if argv and argv[0] in PROGRAMS:
+        return PROGRAMS[argv[0]].main(argv[1:])
     arguments = _arguments(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

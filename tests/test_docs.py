@@ -17,7 +17,6 @@ from tiny_run import make_image, make_run
 
 import longvita_kernels
 from bench import __main__ as bench
-from bench import ring
 from longvita import cli
 from longvita.data.schema import read_jsonl
 
@@ -107,7 +106,8 @@ def test_make_targets_exist(line):
     assert done.returncode == 0, done.stderr
     if line.startswith("make bench"):
         (words,) = [shlex.split(command.split("-m bench")[1]) for command in done.stdout.splitlines() if "-m bench" in command]
-        assert ring._arguments(words[1:]) if words[0] == "ring" else bench.select(bench._arguments(words))
+        program = bench.PROGRAMS.get(words[0])
+        assert program._arguments(words[1:]) if program else bench.select(bench._arguments(words))
     if "demo" in line:
         (words,) = [shlex.split(command)[1:] for command in done.stdout.splitlines() if "/longvita " in command]
         args = cli.build_parser("demo").parse_args(words)

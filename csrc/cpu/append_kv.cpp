@@ -71,7 +71,7 @@ template <class T>
 void append_rows(const AppendArgs& args) {
   const Sequences& s = args.sequences;
   const T *k = reinterpret_cast<const T*>(args.k.data), *v = reinterpret_cast<const T*>(args.v.data);
-  parallel_steps(args.k.tokens, args.threads, args.k.tokens * args.cache.heads * args.cache.dim > kWorthThreads / 8, [&](int64_t t) {
+  parallel_steps(args.k.tokens, args.threads, args.k.tokens * args.cache.heads * args.cache.dim > kWorthElements, [&](int64_t t) {
     const int64_t b = std::upper_bound(s.offsets, s.offsets + s.batch + 1, int32_t(t)) - s.offsets - 1;
     const int64_t position = s.lengths[b] + (t - s.offsets[b]);
     const int64_t row = args.cache.row(b, position), column = args.cache.column(position);

@@ -6,8 +6,10 @@
 // does not depend on the number of threads. (Tasks start in the order of the partitions: the one waited for is always running or done.)
 #pragma once
 #include <sched.h>
+#include <time.h>
 
 #include "attention_forward.h"
+#include "parallel.h"
 
 namespace longvita::LV_ISA {
 
@@ -224,9 +226,15 @@ void add_grad_q(const AttentionBackward& b, const Panel& panel, const float* sha
   }
 }
 
+// Until another thread has come to `value`. It may be about to, then looking again is quickest; it may need this core; or another program has
+// preempted it, and then sleeping is best, because the system moves a waiting thread to an idle core.
 inline void wait_for(const int32_t* progress, int32_t value) {
-  for (int spins = 0; __atomic_load_n(progress, __ATOMIC_ACQUIRE) < value; ++spins) {
-    if (spins > 100) sched_yield();
+  constexpr int kPauses = 1000, kYields = 100;      // 10 to 50 µs, and about as long again
+  constexpr timespec kNap = {0, 50'000};
+  for (int looks = 0; __atomic_load_n(progress, __ATOMIC_ACQUIRE) < value; ++looks) {
+    if (looks < kPauses) pause_core();
+    else if (looks < kPauses + kYields) sched_yield();
+    else nanosleep(&kNap, nullptr);
   }
 }
 

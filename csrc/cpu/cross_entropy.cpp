@@ -125,7 +125,8 @@ void logits_of(const CrossEntropyArgs& p, const Part& part, bool keep) {
 // Joins the blocks of columns, always in their order; lanes are rows.
 void join_blocks(const CrossEntropyArgs& p, const Part& part) {
   const int64_t blocks = (p.vocab + kTileN - 1) / kTileN, plane = blocks * p.chunk;
-  parallel_steps((part.rows + W - 1) / W, p.threads, part.rows * p.vocab * p.width > kWorthThreads, [&](int64_t piece) {
+  constexpr int64_t kOperations = 16;      // an exponential and a few sums for each row of a block
+  parallel_steps((part.rows + W - 1) / W, p.threads, part.rows * blocks * kOperations > kWorthElements, [&](int64_t piece) {
     const int64_t m = piece * W;
     const int lanes = int(part.rows - m < W ? part.rows - m : W);
     vf max = splat(-kInf), exp_sum = vf{}, sum = vf{};
@@ -156,7 +157,7 @@ void loss_coefficients(const CrossEntropyArgs& p, const Part& part) {
 // What was kept of the part's logits into their gradients, in place.
 void differentiate(const CrossEntropyArgs& p, const Part& part) {
   const bool bf16 = keeps_bf16(p.dtype, p.softcap, false);
-  parallel_steps(part.rows, p.threads, part.rows * part.columns * p.width > kWorthThreads, [&](int64_t m) {
+  parallel_steps(part.rows, p.threads, part.rows * part.columns > kWorthElements, [&](int64_t m) {
     const RowGradient gradient(p, part, m);
     if (!bf16) {
       float* logits = static_cast<float*>(p.logits) + m * part.columns;

@@ -44,7 +44,7 @@ void scatter(const LmHeadArgs& p) {
     }
     for (int64_t n = 0; n < p.width; ++n) p.grad_rows[owner * p.width + n] += p.grad_rows[m * p.width + n];
   }
-  parallel_steps(p.rows, p.threads, true, [&](int64_t m) {
+  parallel_steps(p.rows, p.threads, p.rows * p.width > kWorthElements, [&](int64_t m) {
     const int64_t row = p.index[m];
     if (p.owner[row] == m) narrow_row(p.grad_rows + m * p.width, p.width, p.grad_hidden, p.dtype, row * p.width);
   });

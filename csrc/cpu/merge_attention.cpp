@@ -28,7 +28,7 @@ T* row(const Rows3& x, int64_t token, int64_t head) {
 template <class T, class Body>
 void each_row(const MergeArgs& args, int threads, Body body) {
   const int64_t rows = args.tokens * args.heads;
-  parallel_steps(rows, threads, rows * args.dim > kWorthThreads / 8, [&](int64_t i) {
+  parallel_steps(rows, threads, rows * args.dim > kWorthElements, [&](int64_t i) {
     const int64_t token = i / args.heads, head = i % args.heads;
     body(token, head, weights(args.lse_a.at(token, head), args.lse_b.at(token, head)));
   });
