@@ -249,7 +249,8 @@ def yardstick(spec, sample, *, used=None, moves=MOVES):
     cotangents = [cotangent(out, i) if out.is_floating_point() else None for i, out in enumerate(outputs.values())]
     ref = run(spec.reference, spec, sample, used=used, double=True, cotangents=cotangents)
     base = run(spec.base, spec, sample, used=used, cotangents=cotangents)
-    return Yardstick(ref, base, cotangents, movement(spec, sample, ref, used=used, cotangents=cotangents, moves=moves) if moves else None)
+    moved = movement(spec, sample, ref, used=used, cotangents=cotangents, moves=moves) if moves and spec.smooth else None
+    return Yardstick(ref, base, cotangents, moved)
 
 
 def movement(spec, sample, ref, *, used=None, cotangents=None, moves=MOVES):
@@ -270,8 +271,7 @@ def movement(spec, sample, ref, *, used=None, cotangents=None, moves=MOVES):
         got = run(spec.reference, spec, there, used=used, double=True, cotangents=[move(x) for x in cotangents])
         for sums, exact, found in ((squares.outputs, ref.outputs, got.outputs), (squares.grads, ref.grads, got.grads)):
             for name, x in exact.items():
-                if x.dtype == torch.float64:  # codes of a cache do not move: a bit is right or wrong
-                    sums[name] += (found[name] - x).square() / moves
+                sums[name] += (found[name] - x).square() / moves
     return Run(*({name: x.sqrt() for name, x in side.items()} for side in (squares.outputs, squares.grads)))
 
 
