@@ -1,8 +1,9 @@
-# make demo · make test · make test-all · make cuda-check · make lint.  Each makes $(VENV) if it is missing and installs what it needs.
+# make demo · make test · make test-all · make seeds · make isa · make cuda-check · make lint.  Each makes $(VENV) if it is missing and installs what it needs.
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo-out
 ARGS   ?=
+SEEDS  ?= 1 2 3 4 5 6 7 8 9 10
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN    := $(VENV)/bin
@@ -13,12 +14,14 @@ SOURCE := $(shell find csrc -type f)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench cuda-check lint clean
+.PHONY: help install demo test test-all seeds isa bench cuda-check lint clean
 
 help:
 	@echo "make demo       train a tiny Long-VITA through all four stages and ask it questions (OUT=$(OUT), ARGS=--quick for a first look)"
 	@echo "make test       the tests"
 	@echo "make test-all   the tests and everything slow that 'make test' leaves out; writes tests/RESULTS.md"
+	@echo "make seeds      the tests of the ops with ten other seeds of their samples (SEEDS=\"$(SEEDS)\")"
+	@echo "make isa        the tests of the ops on every instruction set of the kernels and of torch that this machine has"
 	@echo "make bench      speed and memory of the ops beside their peers (ARGS=\"varlen_attention --dtype float32\"; --help tells the rest)"
 	@echo "make cuda-check compile every GPU kernel and look at registers, spills and shared memory (needs nvcc, no GPU; ARGS=--help)"
 	@echo "make lint       ruff"
@@ -47,6 +50,12 @@ test: $(CORE)
 
 test-all: $(CORE)
 	$(PYTEST) --result tests/RESULTS.md $(ARGS)
+
+seeds: $(CORE)
+	set -e; for seed in $(SEEDS); do $(PYTEST) -m "not slow" --sample-seed $$seed tests/ops tests/triton tests/cuda $(ARGS); done
+
+isa: $(CORE)
+	$(PYTEST) -m isa $(ARGS)
 
 bench: $(CORE)
 	$(BIN)/python -m bench $(ARGS)

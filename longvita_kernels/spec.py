@@ -44,6 +44,8 @@ class OpSpec:
     base        the plain torch composition in the inputs' own dtype whose error bounds ours; same signature
     samples     samples(dtype, device, seed) → SampleInput, small, covering the axes of the accuracy tests
     outputs     names of the outputs, in order (LSE included: samples ask for it)
+    smooth      whether small changes of the inputs change the outputs little; False for an op that rounds to codes, where the accuracy rule
+                allows for no movement of the definition (see `testing.movement`)
     autocast    parameters that autocast casts to its dtype, as `linear` and SDPA do; () for an op that leaves dtypes alone
     tolerances  {(output name or "grad <parameter>", dtype or None for all): Tolerance}; each with its reason
     bytes       bytes(sample): what must move at least, each input read once and each output written once
@@ -61,6 +63,7 @@ class OpSpec:
     flops: Callable[[SampleInput], int]
     flat_calls: Callable[[SampleInput], Iterator[tuple]]
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    smooth: bool = True
     autocast: tuple[str, ...] = ()
     tolerances: dict = field(default_factory=dict)
 

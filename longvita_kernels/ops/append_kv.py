@@ -176,5 +176,5 @@ def _flat_calls(sample):
 _written = _copying(write_reference)
 SPEC = OpSpec(
     name="append_kv", op=_copying(append_kv), reference=_written, base=_written, samples=_samples, outputs=("k_cache", "v_cache"),
-    bytes=_bytes, flops=_flops, flat_calls=_flat_calls,
+    bytes=_bytes, flops=_flops, flat_calls=_flat_calls, smooth=False,
 )  # fmt: skip

@@ -452,7 +452,9 @@ def _samples(dtype, device, seed):
     yield make("loss of each row, strided views", 37, 48, 131, supervised=0.7, strided=True, reduction="none")
     yield make("all options", 43, 32, 301, supervised=0.8, weighted=True, softcap=5.0, z_loss=0.01, label_smoothing=0.1, ignore_index=0)
     yield make("all options, each row", 31, 24, 67, weighted=True, reduction="none", softcap=3.0, z_loss=0.02, label_smoothing=0.2)
-    yield make("logits made again", 300, 24, 1100, supervised=0.9, low_memory=True, softcap=4.0, z_loss=0.01, label_smoothing=0.1)
+    again = {"softcap": 4.0, "z_loss": 0.01, "label_smoothing": 0.1, "low_memory": True}
+    yield make("logits made again, several blocks", 300, 24, 1100, supervised=0.9, reduction="none", **again)
+    yield make("logits made again, sum", 23, 24, 70, supervised=0.9, **again)
     yield make("weighted mean", 19, 17, 41, weighted=True, strided=True, reduction="mean", z_loss=0.1)
     yield make("one row", 1, 16, 37)
     yield make("few rows, softcap", 9, 48, 71, softcap=4.0)

@@ -36,7 +36,7 @@ def test_runs(name):
     if name == "append_kv-triton":
         assert False, "off by 5 %"
     if name == "masked_lm_head-triton":
-        time.sleep(60)
+        time.sleep(600)
 
 @each
 def test_runs_too(name):
@@ -67,12 +67,12 @@ def _run(folder, *options):
     (folder / "test_gpu.py").write_text(_TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--gpu-result", "result.json", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
     return json.loads((folder / "result.json").read_text()), done.stdout
 
 
 def test_a_lost_context_and_a_test_that_hangs_cost_no_other_test(tmp_path):
-    result, said = _run(tmp_path, "-n", "1", "--max-worker-restart", "9", "--timeout", "5", "--timeout-method", "thread")
+    result, said = _run(tmp_path, "-n", "1", "--max-worker-restart", "9", "--timeout", "15", "--timeout-method", "thread")
     assert result["tests"] == {
         "append_kv cuda": {"passed": 2},
         "append_kv triton": {"failed": 1, "passed": 1},
@@ -96,7 +96,7 @@ case "$*" in
   *get_device_name*) echo h200 ;;
   *native_cuda.load*) echo cuda ;;
   *masked_lm_head*cuda-h200*) echo "ran $*"; exit 3 ;;
-  *decode_attention*) exec sleep 30 ;;
+  *decode_attention*) exec sleep 600 ;;
   *) echo "ran $*" ;;
 esac
 """
@@ -106,15 +106,15 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
     """bench/gpu.sh, with an interpreter that only says what it was called with."""
     (tmp_path / "python").write_text(_PYTHON)
     (tmp_path / "python").chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out"), "LIMIT": "1"}
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out"), "LIMIT": "10"}
     command = [str(ROOT / "bench" / "gpu.sh"), "head", "decode", "projector"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     ran = [line.split()[3:5] for line in done.stdout.splitlines() if line.startswith("ran -m bench")]
     assert [op for op, _ in ran] == ["linear_cross_entropy", "masked_lm_head", "masked_lm_head", "pixel_shuffle_projection"]
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
     assert done.returncode == 1 and len(failed) == 2
     assert failed[0].startswith("FAILED head: exit status 3: ") and failed[1].startswith("FAILED decode: exit status 124, out of time: ")
-    done = subprocess.run([command[0], "nonsense"], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([command[0], "nonsense"], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 2 and "unknown part nonsense; expected some of build smoke test" in done.stderr
 
 

@@ -56,5 +56,5 @@ def _compile(folder, library):
 
 
 def _run(command):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

@@ -61,7 +61,7 @@ def work(folder, rank, count, device):
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=300)
     )
     group = PeerCopies()
     for name, case in CASES.items():

@@ -446,7 +446,7 @@ def test_hostile_files_are_refused_in_little_memory(tmp_path):
     hostile.write(tmp_path)
     paths = [str(tmp_path / name) for name in hostile.REASONS]
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    run = subprocess.run([sys.executable, "-c", HOSTILE.format(root=root), *paths], capture_output=True, text=True, timeout=300, check=True)
+    run = subprocess.run([sys.executable, "-c", HOSTILE.format(root=root), *paths], capture_output=True, text=True, timeout=500, check=True)
     lines = [line.split() for line in run.stdout.splitlines()]
     assert [line[0] for line in lines] == list(hostile.REASONS.values()), run.stdout
     assert all(float(megabytes) < 200 for _, megabytes in lines), run.stdout

@@ -30,22 +30,22 @@ def _others():
 
 
 @functools.lru_cache(maxsize=4)
-def _samples(op, dtype, device="cuda"):
-    return list(all_specs()[op].samples(dtype, device, 0))
+def _pools(op, dtype):
+    return testing.pools(all_specs()[op], dtype, "cuda")
 
 
 def _each_sample(choices, dtypes):
-    """A test for each sample of each (spec, backend): its arguments `spec`, `backend` and `sample`, a function that makes it."""
+    """A test for each sample of each (spec, backend): its arguments `spec`, `backend` and `draws`, a function that makes its pool."""
     found = []
     for spec, backend in choices:
         for dtype in spec.dtypes:
             if dtype in dtypes and not (backend == "flash_attn" and dtype == torch.float32):
-                for i, sample in enumerate(_samples(spec.name, dtype, "cpu")):
-                    make = functools.partial(lambda op, dtype, i: _samples(op, dtype)[i], spec.name, dtype, i)
+                for i, sample in enumerate(spec.samples(dtype, "cpu", 0)):
+                    make = functools.partial(lambda op, dtype, i: _pools(op, dtype)[i], spec.name, dtype, i)
                     found.append(pytest.param(spec, backend, make, id=f"{spec.name}-{backend}-{name(dtype)}-{sample.label}"))
     if not torch.cuda.is_available():
         found = found[:1]  # one that is skipped stands for all
-    return pytest.mark.parametrize(("spec", "backend", "sample"), found)
+    return pytest.mark.parametrize(("spec", "backend", "draws"), found)
 
 
 OURS, ALL = list(_ours()), (torch.float32, torch.bfloat16, torch.float16)
@@ -54,14 +54,14 @@ each_of_ours = pytest.mark.parametrize(("spec", "backend"), OURS, ids=name)
 
 
 @each_choice
-def test_forward_and_gradients_are_accurate(spec, backend, sample):
-    sample = sample()
-    assert backends.choose(spec.name, sample.args[0]) == backend
-    testing.check_sample(spec, sample)
+def test_forward_and_gradients_are_accurate(spec, backend, draws):
+    draws = draws()
+    assert backends.choose(spec.name, draws[0].args[0]) == backend
+    testing.check_sample(spec, draws)
 
 
 @each_choice
-def test_frozen_inputs_and_unused_outputs(spec, backend, sample):
+def test_frozen_inputs_and_unused_outputs(spec, backend, draws):
     def choices(sample):
         names = sample.differentiable
         yield {"wrt": ()}
@@ -69,12 +69,12 @@ def test_frozen_inputs_and_unused_outputs(spec, backend, sample):
             yield from ({"wrt": tuple(n for n in names if n != frozen)} for frozen in names)
             yield from ({"used": (output,)} for output in spec.outputs)
 
-    testing.check_samples(spec, [sample()], choices)
+    testing.check_samples(spec, [draws()], choices, runs=1)
 
 
 @_each_sample(OURS, (torch.float32, torch.bfloat16))
-def test_fifty_runs_agree_in_every_bit(spec, backend, sample):
-    sample = sample()
+def test_fifty_runs_agree_in_every_bit(spec, backend, draws):
+    sample = draws()[0]
     first = testing.run(spec.op, spec, sample)
     for _ in range(49):
         again = testing.run(spec.op, spec, sample)
@@ -95,9 +95,9 @@ def _in_place(spec, sample, leaves):
 
 
 @_each_sample([*OURS, *((spec, "torch") for spec in SPECS if spec.name in INSIDE_TORCH)], (torch.bfloat16,))
-def test_calls_can_be_captured_and_never_synchronise(spec, backend, sample):
+def test_calls_can_be_captured_and_never_synchronise(spec, backend, draws):
     """Forward and backward; a bool mask of rows is the one form that synchronises."""
-    sample = sample()
+    sample = draws()[0]
     bound = spec.bind(sample)
     if any(isinstance(value, torch.Tensor) and value.dtype == torch.bool for value in bound.values()):
         return
@@ -123,7 +123,7 @@ def test_calls_can_be_captured_and_never_synchronise(spec, backend, sample):
 
 @each_of_ours
 def test_compiles_without_a_graph_break(spec, backend):
-    sample = _samples(spec.name, torch.bfloat16)[0]
+    sample = _pools(spec.name, torch.bfloat16)[0][0]
     torch._dynamo.reset()
     eager = testing.run(spec.op, spec, sample)
     compiled = testing.run(torch.compile(spec.op, fullgraph=True, backend="aot_eager"), spec, sample)
@@ -133,7 +133,7 @@ def test_compiles_without_a_graph_break(spec, backend):
 
 @pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_a_default_is_verified_or_inside_torch(spec):
-    sample = _samples(spec.name, torch.bfloat16)[0]
+    sample = _pools(spec.name, torch.bfloat16)[0][0]
     said = backends.explain(spec.name, *sample.args, **sample.kwargs)
     assert "see bench/results/" in said or "no kernel is verified on sm_" in said
     with backends.use("triton"):

@@ -16,7 +16,7 @@ def _merge_arguments(dtype=torch.float32):
 
 
 def _python(code, **environment):
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=500)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -15,7 +15,7 @@ expected = varlen_attention(x, x, x, cu)
 assert native.load() is not None
 pid = os.fork()
 if pid == 0:
-    signal.alarm(60)  # ends a child that hangs
+    signal.alarm(300)  # ends a child that hangs
     code = 1
     try:
         torch.set_num_threads(1)
@@ -23,7 +23,7 @@ if pid == 0:
         code = 0
     finally:
         os._exit(code)
-assert os.waitpid(pid, 0)[1] == 0, "the child failed, or hung for a minute"
+assert os.waitpid(pid, 0)[1] == 0, "the child failed, or hung for five minutes"
 testing.assert_bit_equal(varlen_attention(x, x, x, cu), expected)  # and the parent goes on
 """
 
@@ -32,6 +32,6 @@ def test_a_child_with_one_thread_works_after_calls_with_two():
     """What a DataLoader's worker is. With two threads it would hang, as it would in torch's own ops: libgomp's do not survive a fork."""
     done = subprocess.run(
         [sys.executable, "-c", _FORKS], cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "2"},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -181,7 +181,7 @@ def test_a_vocabulary_in_two_processes(tmp_path):
         subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(2)
     ]
-    outputs = [part.communicate(timeout=120)[0] for part in parts]
+    outputs = [part.communicate(timeout=500)[0] for part in parts]
     assert [part.returncode for part in parts] == [0, 0], "\n".join(outputs)
 
 

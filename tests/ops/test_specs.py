@@ -59,18 +59,17 @@ def _yardstick(name, dtype, seed, index, draw=0, used=None):
 
 @pytest.fixture
 def check(sample_seed):
-    """check(spec, dtype, choices): `check_sample` for every sample and every {"wrt": …, "used": …} that `choices(sample)` gives; without
-    choices once, for whole pools of draws. Fails with all violations at once."""
+    """check(spec, dtype, choices): `check_sample` for every sample and each {"wrt": …, "used": …} of `choices(sample)`, where the op runs
+    on the first draw; without choices once, where it runs on the whole pool. Fails with all violations at once."""
 
     def run(spec, dtype, choices=None):
         problems = []
         for index, draws in enumerate(_pools(spec.name, dtype, sample_seed)):
-            draws = draws[:1] if choices else draws
             for choice in choices(draws[0]) if choices else [{}]:
                 key = spec.name, dtype, sample_seed, index
                 measures = [_yardstick(*key, draw, choice.get("used")) for draw in range(len(draws))]
                 try:
-                    testing.check_sample(spec, draws, measure=measures, **choice)
+                    testing.check_sample(spec, draws, measure=measures, runs=1 if choices else None, **choice)
                 except AssertionError as error:
                     problems.append(f"{choice or ''}\n{error}")
         assert not problems, "\n".join(problems)

@@ -52,6 +52,73 @@ def test_norm_has_exactly_the_stated_limit():
         assert (problem is None) == accepted, (share, problem)
 
 
+def test_what_the_definition_moves_by_widens_both_limits():
+    _, ref, base = _case()
+    moved = 1e-3 * torch.rand_like(ref)
+    eps, largest = torch.finfo(torch.float32).eps, Tolerance(norm_factor=math.inf)
+    most = 2 * (base.double() - ref).abs().max() + 4 * eps * ref.square().mean().sqrt() + 8 * moved.max()
+    norm = 1.5 * (base.double() - ref).norm() + eps * ref.norm() + 2 * moved.norm()
+    direction = torch.ones_like(ref) / ref.numel() ** 0.5
+    for share, accepted in ((0.999, True), (1.001, False)):
+        out = ref.clone()
+        out[7, 7] += share * most
+        assert (testing._bounds_violation(out - ref, base.double() - ref, ref, moved, eps, largest) is None) == accepted
+        error = share * norm * direction
+        assert (testing._bounds_violation(error, base.double() - ref, ref, moved, eps, Tolerance()) is None) == accepted
+
+
+def test_a_base_that_is_right_by_chance_bounds_nothing_where_a_sum_cancels():
+    """A sum of 256 terms whose base is exact: other orders of summation err, and one that loses a term is still found."""
+    x, y = (torch.randn(64, 256) for _ in "xy")
+    y[:, -1] = -(x[:, :-1].double() * y[:, :-1]).sum(1) / x[:, -1]  # cancels up to the rounding of the last
+    ref = (x.double() * y).sum(1)
+    share = torch.finfo(torch.float32).eps * (2 * torch.rand(2, 64, 256, dtype=torch.float64) - 1)
+    moved = (x * (1 + share[0]) * y * (1 + share[1])).sum(1) - ref
+    out = torch.stack([(x[:, i::16] * y[:, i::16]).sum(1) for i in range(16)]).sum(0)
+    with pytest.raises(AssertionError, match="largest error"):
+        testing.assert_accurate(out, ref, ref)
+    testing.assert_accurate(out, ref, ref, moved=moved.abs())
+    with pytest.raises(AssertionError, match="largest error"):
+        testing.assert_accurate(out - x[:, 0] * y[:, 0], ref, ref, moved=moved.abs())
+
+
+def test_few_elements_are_judged_as_a_pool():
+    refs = [torch.randn(testing.POOL // 4, dtype=torch.float64) for _ in range(4)]
+    outs, bases = ([ref + 1e-3 * torch.randn_like(ref) for ref in refs] for _ in range(2))
+    testing.assert_accurate(outs, refs, bases)
+    wrong = [ref + 1.9 * (base - ref).abs().max() for ref, base in zip(refs, bases, strict=True)]  # less than the largest error may be
+    assert testing.violation(wrong[0], refs[0], bases[0]) is None
+    with pytest.raises(AssertionError, match="error norm"):
+        testing.assert_accurate(wrong, refs, bases)
+    testing.assert_accurate(wrong[:1], refs, bases)  # the op ran on the first draw alone
+    with pytest.raises(AssertionError, match="largest error"):
+        testing.assert_accurate([outs[0] * 1.05], refs, bases)
+    outs[2][3] = float("nan")
+    with pytest.raises(AssertionError, match=r"draw 2: 1 of 8 elements are NaN, first at \(3,\)"):
+        testing.assert_accurate(outs, refs, bases)
+
+
+@pytest.mark.parametrize("spec", all_specs().values(), ids=lambda spec: spec.name)
+def test_pools_are_large_enough_and_draws_differ(spec):
+    for draws in testing.pools(spec, torch.float32, seed=3):
+        assert len({draw.label for draw in draws}) == 1
+        sizes = {}
+        for draw in draws:
+            for name, x in testing.run(spec.reference, spec, draw, wrt=()).outputs.items():
+                sizes[name] = sizes.get(name, 0) + int(x.isfinite().sum())
+        assert all(size == 0 or size >= testing.POOL for size in sizes.values()), (draws[0].label, sizes)
+        if len(draws) > 1:
+            first, second = (next(x for x in draw.args if isinstance(x, torch.Tensor) and x.is_floating_point()) for draw in draws[:2])
+            assert first.numel() == 0 or not torch.equal(first, second)
+
+
+def test_an_op_that_rounds_to_codes_is_allowed_no_movement():
+    """Moved by one rounding, a number between two codes would jump from one to the other."""
+    assert [name for name, spec in all_specs().items() if not spec.smooth] == ["append_kv"]
+    spec = all_specs()["append_kv"]
+    assert testing.yardstick(spec, next(spec.samples(torch.float32, "cpu", 0))).moved is None
+
+
 def test_a_single_bad_element_in_many_is_rejected():
     out, ref, base = _case(shape=(1000, 100))
     out[500, 50] += 1e-4

@@ -8,7 +8,7 @@ import torch
 from longvita_kernels import varlen_attention
 from longvita_kernels.ring.attention import AGREEING
 
-SECONDS = 60
+SECONDS = 300  # for a message, so that a test that hangs ends
 
 
 class Threads:

@@ -22,7 +22,7 @@ def start(folder, what):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=580,
     )
     assert done.returncode == 0, done.stderr
     return folder, json.loads((folder / "found.json").read_text())
@@ -97,14 +97,14 @@ def test_arguments_are_compared_once_a_plan(quick):
 @pytest.mark.dist
 @pytest.mark.parametrize(("name", "lost", "others"), [("hung", 2, 2), ("killed", 7, 7)])
 def test_a_lost_peer_ends_the_others_with_its_name_and_the_step(quick, name, lost, others):
-    """The group of the one that hangs has a time-out of 5 s; all others would wait for 120 s. Less than 100 leaves a busy machine time."""
-    said = [json.loads((quick[0] / f"{name}-{rank}.json").read_text()) for rank in range(others)]
+    """A peer that hangs ends the others by the time-out of their group; one that is killed, by its closed connection, at once."""
+    said = [(quick[0] / f"{name}-{rank}.txt").read_text() for rank in range(others)]
     for rank, one in enumerate(said):
         step = r"ring_attention, (forward|backward), (keys|gradients) of step \d+: (receiving from|sending to) rank \d"
         form = f"rank {rank} of {others + 1}, {step}"
-        assert re.match(form, one["said"]), one["said"]
-        assert one["seconds"] < 100
-    assert any(f"from rank {lost} failed; a peer has died, hangs" in one["said"] for one in said), said
+        assert re.match(form, one), one
+        assert ("Timed out" in one) == (name == "hung"), one
+    assert any(f"from rank {lost} failed; a peer has died, hangs" in one for one in said), said
 
 
 @pytest.mark.dist

@@ -58,7 +58,7 @@ def test_two_processes_equal_one(tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=300) for process in processes]
+    said = [process.communicate(timeout=500) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said[0][1] + said[1][1]
 
     torch.set_num_threads(1)
