@@ -241,7 +241,7 @@ def lines_of(result: dict) -> list[str]:
 def _arguments(argv: list[str]) -> argparse.Namespace:
     about, usage = __doc__.split("\n\n")[1], __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m bench busy", description=about, epilog=f"Example: {usage}")
-    parser.add_argument("--rounds", type=int, default=3, help="samples of each (default 3: 100 seconds on 2 cores)")
+    parser.add_argument("--rounds", type=int, default=2, help="samples of each (default 2: under two minutes on 2 cores)")
     parser.add_argument("--workload", choices=tuple(WORKLOADS), help="only this one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to a file too")
     arguments = parser.parse_args(argv)

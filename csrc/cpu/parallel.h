@@ -38,27 +38,27 @@ constexpr int64_t kChunks = 8;                 // of a share: at most one chunk 
 // same in every call, because much of what it reads is then in its own cache; when that is done, it takes chunks of others.
 template <class Body>
 void parallel_steps(int64_t count, int threads, bool worth, const Body& body) {
-  threads = int(std::min<int64_t>({threads, count, kMaxShares}));
-  if (!worth || threads <= 1) {
+  if (!worth || threads == 1 || count <= 1) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }
+  const int64_t n = std::min<int64_t>({threads, count, kMaxShares}), chunk = std::max<int64_t>(1, count / (n * kChunks));
   Share shares[kMaxShares];
-  for (int t = 0; t < threads; ++t) {
-    shares[t].next.store(count * t / threads, std::memory_order_relaxed);
-    shares[t].end = count * (t + 1) / threads;
+  for (int64_t s = 0; s < n; ++s) {
+    shares[s].next.store(count * s / n, std::memory_order_relaxed);
+    shares[s].end = count * (s + 1) / n;
   }
-  const int64_t chunk = std::max<int64_t>(1, count / (threads * kChunks));
   const auto work_on = [&](Share& share) {
     for (int64_t from; (from = share.next.fetch_add(chunk, std::memory_order_relaxed)) < share.end;) {
       for (int64_t i = from; i < std::min(from + chunk, share.end); ++i) body(i);
     }
   };
+  // Never fewer threads than in other loops: libgomp would end the rest of them, and start them again for the next loop.
 #pragma omp parallel num_threads(threads)
   {
-    const int thread = omp_get_thread_num(), team = omp_get_num_threads();      // the team may be smaller than asked for
-    for (int t = thread; t < threads; t += team) work_on(shares[t]);
-    for (int i = 1; i <= std::min(kHelped, threads - 1); ++i) work_on(shares[(thread + i) % threads]);
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();      // the team may be smaller than asked for
+    for (int64_t s = thread; s < n; s += team) work_on(shares[s]);
+    for (int64_t i = 1; i <= std::min<int64_t>(kHelped, n - 1); ++i) work_on(shares[(thread + i) % n]);
   }
 }
 
