@@ -9,7 +9,7 @@ from longvita.train.recipes import Recipe, stage1, stage2, stage3, stage4
 # What a stage's rows are made of: shares of its tokens.
 ALIGN = {"images": 0.4, "captions": 0.6}
 KNOW = {"images": 0.1, "captions": 0.1, "videos": 0.25, "texts": 0.2, "mixed": 0.35}
-MIX = {"images": 0.12, "videos": 0.4, "texts": 0.48}
+MIX = {"images": 0.12, "videos": 0.52, "texts": 0.36}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +115,11 @@ def make_plan(name: str, seed: int = 0) -> Plan:
 _SIZES = {
     "quick": dict(
         long_lrs=(3e-4, 2e-4), steps=(60, 120, 30, 30), contexts=(1024, 1024, 1024, 2048), batches=(2, 4, 4, 2),
-        pretrain=PretrainPlan(vision_steps=200, list_steps=40, text_steps=240), lengths=(512, 1024, 2048),
+        pretrain=PretrainPlan(vision_steps=200, list_steps=40, text_steps=200), lengths=(512, 1024, 2048),
         goals=Goals(images=0.9, video=0.8, text=0.8), questions=4, full_questions=10, controls=8,
     ),
     "default": dict(
-        long_lrs=(1e-3, 4e-4), steps=(60, 150, 50, 60), contexts=(1024, 1024, 2048, 8192), batches=(2, 4, 4, 1),
+        long_lrs=(1e-3, 4e-4), steps=(60, 150, 60, 90), contexts=(1024, 1024, 2048, 8192), batches=(2, 4, 4, 1),
         pretrain=PretrainPlan(vision_steps=300, list_steps=40, text_steps=240), lengths=(1024, 2048, 4096, 8192),
         goals=Goals(images=0.95, video=0.85, text=0.8),
     ),

@@ -50,12 +50,13 @@ Tell = Callable[[str], None]
 IMAGES_PER_STEP = 128
 RECENT = 20  # steps that a reported loss is the mean of
 LIST_TOKENS, LISTS_PER_STEP = 128, 8
-CODE_TOKENS, SPELLED_IMAGES, SPELLED_CAPTIONS, SPELLED_VIDEOS = 2048, 12, 8, 20  # of a step on texts
+CODE_TOKENS, SPELLED_IMAGES, SPELLED_CAPTIONS, SPELLED_FRAMES = 2048, 12, 8, 700  # of a step on texts
+REACH = 1.5  # positions spread this much further than the longest context, so that its greatest distances are not rare
 JOINED = 16  # conversations in one document, every other step: what stages 3 and 4 make of a row
 SPREAD = 0.75  # share of the documents whose positions jump
 QUESTION_TOKENS = 24  # before a sample's first answer: its question and the template's tokens, which no jump may split
 TESTED = {256: (16, 4), 1024: (8, 8)}  # of the test: tokens of a text → (texts, codes in each)
-TESTED_VIDEOS, TESTED_FRAMES = 64, 63
+TESTED_FRAMES = {63: 40, 450: 40}  # frames of a video in words → videos
 
 
 def recipe(steps: int, trainable: tuple[str, ...]):
@@ -142,7 +143,7 @@ def pretrain_text(
 ) -> dict:
     """Draws the model's weights and trains the decoder, on lists of codes and then on texts, until it passes the test of `recall`.
 
-    longest    tokens of the longest context that the stages will train: positions spread up to there
+    longest    tokens of the longest context that the stages will train: positions spread that far and beyond
     plan       how many steps a round has, how many rounds a draw, and how many draws there may be: the bound of the time that it takes
     Returns {"learned", "recall", "draws", "rounds" (of all draws), "text_steps"}; not "learned": the model is that of the last draw.
     """
@@ -185,7 +186,7 @@ class Lessons:
     """What the decoder learns from: lists of codes, then texts and the questions of the demo in words, both of growing length."""
 
     def __init__(self, processor, longest: int, rng: np.random.Generator):
-        self.processor, self.longest, self.rng = processor, longest, rng
+        self.processor, self.reach, self.rng = processor, int(REACH * longest), rng
         self.hay = TextHay(load_prose()[0], processor.tokenizer)
         self.codes = CodeLists(processor.tokenizer, self.hay)
         self._joined = False
@@ -195,16 +196,17 @@ class Lessons:
 
     def texts(self, done: float) -> Batch:
         rng = self.rng
-        tokens, frames = ((256, 6), (256, 20), (512, 63), (512, 63), (1024, 63))[int(5 * done)]
+        tokens, frames = ((256, 6), (256, 20), (512, 63), (512, 200), (1024, 450))[int(5 * done)]
         ask = 4 if tokens == 256 else 8
         samples = [text_needle(self.hay, self.processor, tokens, rng, facts=ask, ask=ask).sample for _ in range(CODE_TOKENS // tokens)]
         samples += [spelled_images(int(count), rng) for count in rng.choice((1, 1, 2, 3, 4), size=SPELLED_IMAGES)]
         samples += [spelled_caption(int(count), rng) for count in rng.integers(1, 13, size=SPELLED_CAPTIONS)]
-        samples += [spelled_video(int(count), rng) for count in rng.integers(1, frames + 1, size=SPELLED_VIDEOS)]
+        videos = min(24, max(6, 2 * SPELLED_FRAMES // frames))
+        samples += [spelled_video(int(count), rng) for count in rng.integers(1, frames + 1, size=videos)]
         encoded = [self.processor.encode(samples[i]) for i in rng.permutation(len(samples))]
         self._joined = not self._joined
         batch = collate(encoded[:JOINED], reset=False) if self._joined else collate(encoded, reset=True)
-        return spread_positions(batch, self.longest, rng)
+        return spread_positions(batch, self.reach, rng)
 
 
 def spread_positions(batch: Batch, longest: int, rng: np.random.Generator) -> Batch:
@@ -240,8 +242,10 @@ def held_out_tests(processor, rng: np.random.Generator) -> dict[str, list[Batch]
         return processor.encode(text_needle(hay, processor, tokens, rng, facts=codes, ask=codes).sample)
 
     texts = [collate([text(tokens, codes) for _ in range(count)], reset=True) for tokens, (count, codes) in TESTED.items()]
-    videos = collate([processor.encode(spelled_video(TESTED_FRAMES, rng)) for _ in range(TESTED_VIDEOS)], reset=True)
-    return {"text": texts, "video": [videos]}
+    videos = [
+        collate([processor.encode(spelled_video(frames, rng)) for _ in range(count)], reset=True) for frames, count in TESTED_FRAMES.items()
+    ]
+    return {"text": texts, "video": videos}
 
 
 @torch.no_grad()
