@@ -10,6 +10,7 @@ A test fails while the page and the kept runs disagree.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -71,7 +72,7 @@ def pretrain_alone(plan_name: str, seed: int) -> dict:
 
     plan, threads, tokenizer = make_plan(plan_name, seed), AdaptiveThreads(), material.make_tokenizer()
     config = material.make_config(tokenizer)
-    tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    tell = functools.partial(print, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         processor = material.make_processor(config, tokenizer, Path(folder))
         start = time.perf_counter()

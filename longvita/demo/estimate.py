@@ -33,10 +33,13 @@ TRAINING = 1.0
 EVALUATION = 1.0
 
 
+def _silent(line: str) -> None:
+    """What the probes would say."""
+
+
 def measure(demo) -> dict[str, float]:
     """Seconds of a step ("short", "vision", "long") and of a question at full length ("read"), with as many threads as cores are free."""
     model = LongVita(demo.config)
-    tell = lambda line: None  # noqa: E731
     rng = np.random.default_rng(demo.seed)
     pretrain.recall_init(model, demo.processor, demo.seed)
     lessons = pretrain.Lessons(demo.processor, demo.plan.context_tokens, rng)
@@ -57,12 +60,12 @@ def measure(demo) -> dict[str, float]:
         return statistics.median(np.diff(starts)[1:])  # the first pays for what is made once
 
     def train(batch_at, count: int) -> float:
-        return steps(lambda each: pretrain.fit(model, "text", [], count, pretrain.mean_loss(model, batch_at, count), "probe", tell, each))
+        return steps(lambda each: pretrain.fit(model, "text", [], count, pretrain.mean_loss(model, batch_at, count), "probe", _silent, each))
 
     with torch.random.fork_rng(devices=[]):
         units = {
             "short": train(lessons.texts, 6),
-            "vision": steps(lambda each: pretrain.pretrain_vision(model, haystack.load_digits()[0], 6, demo.seed, tell, each)),
+            "vision": steps(lambda each: pretrain.pretrain_vision(model, haystack.load_digits()[0], 6, demo.seed, _silent, each)),
             "long": train(lambda done: whole, 3),
         }
 

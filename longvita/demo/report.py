@@ -70,7 +70,7 @@ def assemble(demo, expected: dict, prepared: dict, pretrained: dict, stages: lis
         },
         "estimated": {key: expected[key] for key in ("total", "parts", "units", "threads")},
         "peak_rss_bytes": max(part["peak_rss_bytes"] for part in [expected, prepared, pretrained, *stages, *measured.values()]),
-        "machine": machine(),
+        "machine": expected["machine"],
     }  # fmt: skip
 
 

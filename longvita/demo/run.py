@@ -107,7 +107,7 @@ class Demo:
             f"this machine: {units['short']:.2f} s a step on short texts, {units['long']:.1f} s at {self.plan.context_tokens:,} tokens "
             f"({threads} thread{'s' if threads > 1 else ''}, float32): about {minutes(sum(parts.values()))} in all"
         )
-        return {"units": units, "parts": parts, "total": sum(parts.values()), "threads": threads}
+        return {"units": units, "parts": parts, "total": sum(parts.values()), "threads": threads, "machine": report.machine()}
 
     def _prepare(self) -> dict:
         self.tell("material: writing images, videos and texts")
