@@ -10,7 +10,6 @@ or a question (video decoding, the projector, the few tokens of an answer) is pr
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -57,10 +56,11 @@ def measure(demo) -> dict[str, float]:
 
         run(each_step)
         starts.append(time.perf_counter())
-        return statistics.median(np.diff(starts)[1:])  # the first pays for what is made once
+        return float(np.diff(starts)[1:].mean())  # the first pays for what is made once
 
     def train(batch_at, count: int) -> float:
-        return steps(lambda each: pretrain.fit(model, "text", [], count, pretrain.mean_loss(model, batch_at, count), "probe", _silent, each))
+        loss_at = pretrain.mean_loss(model, batch_at, count)
+        return steps(lambda each: pretrain.fit(model, "text", [], count, loss_at, "probe", _silent, each))
 
     with torch.random.fork_rng(devices=[]):
         units = {
