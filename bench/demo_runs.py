@@ -28,9 +28,9 @@ Every row is one run of `longvita demo` from an empty directory. Shares are of h
 (one handwritten digit each), a marked frame in a video and a whole code, name and digit, in a text, both at the longest context of the
 plan, and the same with the needle removed, where chance is 0.10. `rounds` counts the rounds of text pre-training that it took until the
 decoder passed its test. Minutes are those of material, training and evaluation together, beside the estimate that the run made in its first
-seconds.
-`TFLOP` is these minutes times the rate of a float32 matrix product (`torch.mm`, 1,024 × 1,024) on the same threads in the same run: divide
-it by the rate of another machine to judge how long that one would take.
+seconds; two runs on one thread each shared the two cores where 1 thread is given. `TFLOP` is these minutes times the rate of a float32
+matrix product (`torch.mm`, 1,024 × 1,024) on the same threads in the same run: divide it by the rate of another machine to judge how long
+that one would take.
 
 The page is written by `python -m bench.demo_runs` from the reports in `bench/results/demo/`.
 """
@@ -144,7 +144,8 @@ def share(part: dict) -> str:
 
 def where(machine: dict) -> str:
     torch = f", torch capped at {machine['torch_capability']}" if machine["torch_capability_cap"] else ""
-    return f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}{torch}"
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    return f"{machine['processor']}, {threads}, {machine['instruction_set']}{torch}"
 
 
 if __name__ == "__main__":
