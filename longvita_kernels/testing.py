@@ -30,7 +30,12 @@ from longvita_kernels.spec import FLOAT_DTYPES, Tolerance
 # ------------------------------------------------------------------------------------------------------------------------------- the rule
 
 
-# @@MEASURED@@
+# The pool and the factors of `moved` come from the largest ratio of an error to its limit, over the 214 tensors of all samples in float32,
+# 60 to 100 seeds, the native, torch and reference backends, ATEN_CPU_CAPABILITY default, avx2 and AVX-512, LONGVITA_ISA portable, avx2 and
+# avx512bf16 (Xeon, Ice Lake or later). Judged one by one and without `moved`, up to 24 tensors failed for some seed, the worst at 6.5 times
+# its limit, and a run of all had 0.1 to 0.9 failures. Pools of 32 elements alone left 15 failing, the worst at 2.8, as a few rows that
+# cancel decide the largest error of a large tensor too. With both the largest ratio is 0.73.
+# In bfloat16 and float16 it is 0.91 one by one and without `moved` (native, 200 seeds).
 POOL = 32  # elements
 MOVES = 2  # times that the inputs are moved; `moved` is the root of the mean square
 
