@@ -157,7 +157,8 @@ def needle_plot(
     """Heatmaps side by side, one per kind ("video", "text"), every cell with its value.
 
     needle  {kind: {"lengths": tokens, ascending, "depths": shares 0 … 1, "accuracy": [length][depth],
-            optional: "questions" (in all), and as controls "needle_removed" and "stage2_model": {"accuracy", …}}}
+            optional: "questions" (in all), "full_length": {"accuracy", "interval"}, and as controls "needle_removed" and
+            "stage2_model": {"accuracy", …}}}
     path    PNG to write.  chance  what guessing gives
     ValueError for a kind whose accuracy is not len(lengths) × len(depths).
     """
@@ -208,6 +209,9 @@ def _heatmap(axes: Axes, kind: str, result: Mapping[str, Any], grid: np.ndarray)
     axes.set(xlabel="depth of the needle (0 % = start)", ylabel="context, tokens")
     facts = [f"mean {np.nanmean(grid):.1%}" if not np.isnan(grid).all() else "not measured"]
     facts += [f"{result['questions']} questions"] if "questions" in result else []
+    if "full_length" in result:
+        low, high = result["full_length"]["interval"]
+        facts.append(f"full length {result['full_length']['accuracy']:.1%} ({low:.0%} to {high:.0%})")
     controls = [f"{words} {result[key]['accuracy']:.1%}" for key, words in CONTROLS.items() if key in result]
     lines = [" · ".join(facts), "at full length: " + " · ".join(controls)] if controls else [" · ".join(facts)]
     axes.set_title("\n".join([kind, *[""] * len(lines)]), fontsize=11)
