@@ -11,7 +11,7 @@ from longvita.cli import errors
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a first look: 2K tokens of context, a few minutes")
-    size.add_argument("--full", action="store_true", help="8K tokens, longer training and more questions: 35 minutes on two cores")
+    size.add_argument("--full", action="store_true", help="8K tokens, about twice the training and the questions")
     parser.add_argument(
         "--out", default="demo-out", metavar="DIR", help="where everything goes; the same command resumes (default: demo-out)"
     )
