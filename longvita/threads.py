@@ -27,11 +27,11 @@ from typing import NamedTuple
 
 # How often a waiting thread looks before it sleeps, if the user sets nothing. libgomp's own default, 300,000, is 3 ms or more, about the
 # time slice of the thread that it waits for. A training step of the tiny model is in Python for some 10 to 100 µs between two parallel
-# loops, now and then for longer, and waking a thread that sleeps takes about 40 µs, so spinning should bridge these gaps and no more. Alone
-# on 2 cores, stage 2 of the demo ran at 0.86 of the rate under libgomp's default with 10,000 looks and at 0.97 with 30,000 (steps on text
-# alone: 0.99 and 1.02). One look is a PAUSE instruction, which takes about 10 ns there and 47 ns on an Ice Lake, so 30,000 looks are 0.3 to
-# 1.4 ms.
-SPIN_COUNT = 30_000
+# loops, now and then for longer, and waking a thread that sleeps takes about 40 µs: spinning should bridge these gaps. Alone on 2 cores,
+# stage 2 of the demo ran at 0.86 of the rate under libgomp's default with 10,000 looks, at 0.97 with 30,000 and at 1.01 with 100,000. One
+# look is a PAUSE instruction, which takes about 10 ns there and 47 ns on an Ice Lake, so 100,000 looks are 1 to 5 ms. That is too long to
+# help much beside another program by itself; it is `AdaptiveThreads` that does.
+SPIN_COUNT = 100_000
 WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 FIXED_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # either of them decides torch's number of threads
 
