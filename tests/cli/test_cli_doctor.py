@@ -63,6 +63,7 @@ def test_a_missing_native_core_is_reported_and_exits_1(longvita, monkeypatch):
 
     monkeypatch.setattr(native, "load", lambda: None)
     monkeypatch.setattr(native, "why_missing", lambda: "no compiler was found; install g++")
+    monkeypatch.setattr(doctor, "openmp_runtimes", lambda: [])  # scikit-learn, if another test loaded it here, brings one of its own
     result = longvita("doctor")
     assert result.code == 1
     assert "NOT LOADED: no compiler was found; install g++" in result.out
