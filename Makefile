@@ -1,4 +1,4 @@
-# make demo · make test · make test-all · make seeds · make isa · make cuda-check · make lint.  Each makes $(VENV) if it is missing and installs what it needs.
+# "make help" lists the targets. Each makes $(VENV) if it is missing and installs what it needs.
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo-out
@@ -17,10 +17,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 .PHONY: help install demo test test-all seeds isa bench cuda-check lint clean
 
 help:
-	@echo "make demo       train a tiny Long-VITA through all four stages and ask it questions (OUT=$(OUT), ARGS=--quick for a first look)"
+	@echo "make demo       train a tiny Long-VITA through all four stages and ask it questions (OUT=$(OUT), ARGS=--quick for a first look, --full for longer training)"
 	@echo "make test       the tests"
 	@echo "make test-all   the tests and everything slow that 'make test' leaves out; writes tests/RESULTS.md"
-	@echo "make seeds      the tests of the ops with ten other seeds of their samples (SEEDS=\"$(SEEDS)\")"
+	@echo "make seeds      the tests of the ops, once for each seed of their samples in SEEDS (\"$(SEEDS)\")"
 	@echo "make isa        the tests of the ops on every instruction set of the kernels and of torch that this machine has"
 	@echo "make bench      speed and memory of the ops beside their peers (ARGS=\"varlen_attention --dtype float32\"; --help tells the rest)"
 	@echo "make cuda-check compile every GPU kernel and look at registers, spills and shared memory (needs nvcc, no GPU; ARGS=--help)"

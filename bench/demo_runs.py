@@ -2,7 +2,7 @@
 
     python -m bench.demo_runs keep demo-out seed0          # a finished demo → bench/results/demo/seed0.json
     python -m bench.demo_runs pretrain --seed 10           # pre-training of the decoder alone → bench/results/demo/pretrain-seed10.json
-    python -m bench.demo_runs                              # writes docs/demo-runs.md
+    python -m bench.demo_runs                              # writes docs/demo-runs.md, as the two above do in the end
 
 A test fails while the page and the kept runs disagree.
 """
@@ -19,34 +19,39 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT, PAGE = ROOT / "bench" / "results" / "demo", ROOT / "docs" / "demo-runs.md"
-KINDS = ("video", "text")
+KINDS, PLANS = ("video", "text"), ("default", "quick", "full")
 DROPPED = ("answers", "labels")  # of a report: hundreds of strings that nobody compares
 
 INTRODUCTION = """# Runs of the demo
 
 Every row is one run of `longvita demo` from an empty directory. Shares are of held-out questions, with their 95 % Wilson intervals: images
 (one handwritten digit each), a marked frame in a video and a whole code, name and digit, in a text, both at the longest context of the
-plan, and the same with the needle removed, where chance is 0.10. `rounds` counts the rounds of text pre-training that it took until the
-decoder passed its test. Minutes are those of material, training and evaluation together, beside the estimate that the run made in its first
-seconds; two runs on one thread each shared the two cores where 1 thread is given. `TFLOP` is these minutes times the rate of a float32
-matrix product (`torch.mm`, 1,024 × 1,024) on the same threads in the same run: divide it by the rate of another machine to judge how long
-that one would take.
+plan, and the same with the needle removed, where chance is 0.10. All runs of a plan are asked the same questions. `rounds` counts the
+rounds of text pre-training that it took until the decoder passed its test.
+
+The minutes cover the whole run: estimate, material, pre-training, training and evaluation. In brackets is the estimate that the run printed
+at its start; its factors were calibrated again after seed0 to seed3 and the two runs with `isa` and `torch` in their names. Where the
+machine column says 1 thread, a second run used the other core at the same time. `TFLOP` is these minutes times the rate of a float32 matrix
+product (`torch.mm`, 1,024 × 1,024) on the same threads in the same run: divide it by the rate of another machine to judge how long that one
+would take.
 
 The page is written by `python -m bench.demo_runs` from the reports in `bench/results/demo/`.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.demo_runs", description=__doc__.splitlines()[0])
+    description = f"{__doc__.splitlines()[0]} Without an action: write the table from the kept runs."
+    parser = argparse.ArgumentParser(prog="python -m bench.demo_runs", description=description)
     actions = parser.add_subparsers(dest="action")
     keep = actions.add_parser("keep", help="keep the report of a finished demo")
     keep.add_argument("out", type=Path, help="the demo's --out directory")
-    keep.add_argument("name", help="of the file in bench/results/demo/")
+    keep.add_argument("name", help="file name in bench/results/demo/, without .json")
     pretrain = actions.add_parser("pretrain", help="pre-train the decoder of the demo and keep what its test found")
-    pretrain.add_argument("--seed", type=int, required=True)
-    pretrain.add_argument("--plan", default="default")
+    pretrain.add_argument("--seed", type=int, required=True, help="of data and weights")
+    pretrain.add_argument("--plan", choices=PLANS, default="default", help="size of the demo (default: default)")
     args = parser.parse_args(argv)
     KEPT.mkdir(parents=True, exist_ok=True)
+    failed = False
     if args.action == "keep":
         report = json.loads((args.out / "report.json").read_text())
         save(args.name, {key: value for key, value in report.items() if key not in DROPPED})
@@ -54,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         found = pretrain_alone(args.plan, args.seed)
         isa = found["machine"]["instruction_set_cap"]
         save(f"pretrain-seed{args.seed}{f'-{isa}' if isa else ''}", found)
-        return 0 if found["learned"] else 1
+        failed = not found["learned"]
     PAGE.write_text(page(kept()))
-    return 0
+    return int(failed)
 
 
 def save(name: str, content: dict) -> None:
@@ -95,13 +100,15 @@ def page(runs: dict[str, dict]) -> str:
     demos = {name: run for name, run in runs.items() if "needle" in run}
     alone = {name: run for name, run in runs.items() if "needle" not in run}
     text = [INTRODUCTION]
-    for plan in ("default", "quick", "full"):
+    for plan in PLANS:
         rows = [demo_row(name, run) for name, run in demos.items() if run["plan"] == plan]
         if rows:
             goals = next(run["goals"] for run in demos.values() if run["plan"] == plan)
+            asked = questions(next(run for run in demos.values() if run["plan"] == plan))
             text += [
                 f"## Plan `{plan}`", "",
-                f"Goals: images {goals['images']}, video {goals['video']}, text {goals['text']}; {goals['recall']} of the short codes.", "",
+                f"Goals: images {goals['images']}, video {goals['video']}, text {goals['text']}; {goals['recall']} of the short codes. "
+                f"Questions: {asked}.", "",
                 "| run | machine | images | video | text | removed: video | removed: text | rounds | minutes (estimate) | TFLOP | GiB |",
                 "|---|---|---|---|---|---|---|---|---|---|---|", *rows, "",
             ]  # fmt: skip
@@ -119,7 +126,8 @@ def demo_row(name: str, run: dict) -> str:
     needle, seconds = run["needle"], run["seconds"]
     removed = [share(needle[kind]["needle_removed"]) for kind in KINDS]
     found = [share(needle[kind]["full_length"]) + ("" if run["learned"][kind] else " **not learned**") for kind in KINDS]
-    images = f"{run['image_accuracy']:.3f}" + ("" if run["learned"]["images"] else " **not learned**")
+    low, high = run["image_interval"]
+    images = f"{run['image_accuracy']:.3f} ({low:.2f}–{high:.2f})" + ("" if run["learned"]["images"] else " **not learned**")
     minutes = f"{seconds['total'] / 60:.1f} ({run['estimated']['total'] / 60:.1f})"
     work = seconds["total"] * run["machine"]["matmul_gflops"] / 1000
     cells = [
@@ -127,6 +135,14 @@ def demo_row(name: str, run: dict) -> str:
         f"{run['peak_rss_bytes'] / 2**30:.2f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def questions(run: dict) -> str:
+    video = run["needle"]["video"]
+    return (
+        f"{run['image_questions']} images; for each kind of needle {video['full_length']['questions']} at full length and "
+        f"{video['needle_removed']['questions']} with the needle removed"
+    )
 
 
 def pretrain_row(name: str, run: dict) -> str:

@@ -76,7 +76,7 @@ def peak(most: int, name: str = OURS) -> Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One op on one shape, or something else that takes time.
+    """One measured case: an op on one shape, or another operation of the host.
 
     dtype, direction  of an op's case; None and "" where there is neither
     flops, bytes  useful work of one call: what the definition needs, masked pairs and recomputation not counted

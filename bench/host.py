@@ -1,4 +1,4 @@
-"""What the CPU does beside the ops: starting the command line, planning context parallelism, laying out and refusing media."""
+"""CPU work outside the ops: command-line start-up, planning of context parallelism, encoding of video frames, refusing hostile media."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _refusal(name: str) -> Setup:
 
     def check():
         reason = refuse()
-        return [] if reason == hostile.REASONS[name] else [f"{name} was refused as {reason}; expected {hostile.REASONS[name]}"]
+        return [] if reason == hostile.REASONS[name] else [f"{name}: expected a refusal for {hostile.REASONS[name]!r}, got {reason!r}"]
 
     return Setup(calls={OURS: refuse}, check=check)
 

@@ -1,6 +1,6 @@
 """Media files that must be refused: they promise more than they hold, or more than is allowed.
 
-The tests of `longvita.data.media` check why each is refused and how much memory that takes; `bench/host.py` measures the time.
+tests/data/test_media.py checks the reason and the memory; `bench/host.py` measures time and peak memory.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """How many threads compute, and how they wait for each other, on a machine that other programs use too.
 
-    set_wait_policy()                  # before torch is imported: the command line does this first
-    threads = AdaptiveThreads()        # after torch is imported, on the main thread
+    set_wait_policy()                  # before torch is imported: the command line does both first
+    keep_to_quota()
+    threads = AdaptiveThreads()        # imports torch; call it on the thread that trains
     for batch in loader:
         train_step(batch)
         change = threads.adapt()       # None, or a line that says what changed and why
 
 A parallel loop ends when its last thread is done. If another program keeps one core busy, one of the threads is preempted, and the others
 wait for it. They wait by spinning, and libgomp spins for so long by default that this uses up the time slices in which the work could be
-done: on 2 cores, beside a process that keeps one of them busy, training of the tiny model fell to 0.12 of its rate alone. A shorter spin
-(`set_wait_policy`) brings that to 0.3 to 0.5, and one thread for each core that is free (`AdaptiveThreads`) to 0.5 to 0.7.
+done. @BUSY@
 
 With another number of threads torch's own CPU kernels sum in another order (matrix products with more than about 1,000 rows to sum over,
 sums over a whole tensor, gradients of convolutions), so results differ in their last bits. Where runs must agree bit for bit on a CPU, fix
@@ -23,17 +23,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
 from typing import NamedTuple
 
-# How often a waiting thread looks before it sleeps, if the user sets nothing. libgomp's own default, 300,000, is 3 ms or more, about the
-# time slice of the thread that it waits for. A training step of the tiny model is in Python for some 10 to 100 µs between two parallel
-# loops, now and then for longer, and waking a thread that sleeps takes about 40 µs: spinning should bridge these gaps. Alone on 2 cores,
-# stage 2 of the demo ran at 0.86 of the rate under libgomp's default with 10,000 looks, at 0.97 with 30,000 and at 1.01 with 100,000. One
-# look is a PAUSE instruction, which takes about 10 ns there and 47 ns on an Ice Lake, so 100,000 looks are 1 to 5 ms. That is too long to
-# help much beside another program by itself; it is `AdaptiveThreads` that does.
+# How many times a waiting thread polls before it sleeps, unless the user sets it. libgomp's own default, 300,000, takes 3 ms or more, about
+# as long as the time slice of the thread that it waits for. A training step of the tiny model is in Python for 10 to 100 µs between two
+# parallel loops, now and then for longer, and waking a thread that sleeps takes about 40 µs: spinning should bridge these gaps. Alone on 2
+# cores, stage 2 of the demo ran at 0.86 of the rate under libgomp's default with 10,000 polls, at 0.97 with 30,000 and at 1.01 with
+# 100,000. One poll is a PAUSE instruction, which takes about 10 ns there and 47 ns on an Ice Lake, so 100,000 polls are 1 to 5 ms. That
+# alone helps little beside another program; `AdaptiveThreads` does the rest.
 SPIN_COUNT = 100_000
 WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 FIXED_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # either of them decides torch's number of threads
+CPU_LIMIT_V1, CPU_LIMIT_V2 = ("cpu.cfs_quota_us", "cpu.cfs_period_us"), ("cpu.max",)  # files of a control group: microseconds
 
 INTERVAL = 0.5  # seconds between two readings; the system counts CPU time in ticks of 10 ms, so shorter ones are too coarse
 # A thread gives way when other programs take more than TAKEN of its core. They get less than they want while we compete with them: a
@@ -41,7 +43,7 @@ INTERVAL = 0.5  # seconds between two readings; the system counts CPU time in ti
 TAKEN = 0.3
 FREE = 0.15  # a core counts as free again when other programs take less than this of it
 PATIENCE = 2  # readings in a row that must find the core free
-MAX_PATIENCE = 16  # the same, where the core was never free for long: another program that comes and goes
+MAX_PATIENCE = 16  # the same limit after a core was free only briefly: another program comes and goes
 
 
 def set_wait_policy(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -56,6 +58,49 @@ def set_wait_policy(environment: MutableMapping[str, str] = os.environ) -> None:
 def wait_policy(environment: Mapping[str, str] = os.environ) -> str:
     """How idle threads wait, as a user would set it."""
     return " ".join(f"{name}={environment[name]}" for name in WAIT_VARIABLES if name in environment) or "the OpenMP runtime's default"
+
+
+def core_quota(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """How many cores' worth of time the control groups of this process allow it (`docker run --cpus 1.5`, a pod's limit), or None.
+
+    Reads both versions of control groups. The smallest limit among the process's group and its ancestors applies; in a container some of
+    their directories may not be visible.
+    """
+    try:
+        lines = groups.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = mount / "cpu" if controllers else mount
+        group = top / path.strip("/")
+        for directory in (group, *group.parents):
+            try:
+                words = [(directory / name).read_text(encoding="ascii") for name in (CPU_LIMIT_V1 if controllers else CPU_LIMIT_V2)]
+            except OSError:
+                words = []
+            quota, period = " ".join(words).split() or ("max", "0")
+            if quota not in ("max", "-1"):
+                quotas.append(int(quota) / int(period))
+            if directory == top:
+                break
+    return min(quotas, default=None)
+
+
+def keep_to_quota(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Fixes the number of threads at what the control groups allow, if that is less than there are cores and the user has not fixed it.
+
+    Where more threads run than the quota pays for, it is used up early in each period (100 ms), and then all of them stop until the next.
+    The OpenMP runtime does not know of quotas. After torch is imported a call does nothing.
+    """
+    quota = core_quota()
+    if "torch" in sys.modules or quota is None or any(environment.get(name) for name in FIXED_BY):
+        return
+    if math.ceil(quota) < len(os.sched_getaffinity(0)):
+        environment["OMP_NUM_THREADS"] = str(max(1, math.ceil(quota)))
 
 
 class Usage(NamedTuple):
@@ -101,8 +146,8 @@ class AdaptiveThreads:
     """Gives torch one thread for each core that other programs leave free, up to the number it starts with.
 
     Make one object for the whole run, and call `adapt()` once per training step on the thread that trains: OpenMP keeps the number
-    separately for each thread. It does nothing if the user fixed the number (with OMP_NUM_THREADS, as torchrun does) or if the system
-    has no /proc/stat.
+    separately for each thread. It does nothing if the number is fixed (OMP_NUM_THREADS or MKL_NUM_THREADS, set by the user, by torchrun
+    or by `keep_to_quota`), if it starts with one thread, or if the system has no /proc/stat.
     """
 
     def __init__(self, *, read: Callable[[], Usage | None] = read_usage, clock: Callable[[], float] = time.monotonic):
@@ -135,7 +180,7 @@ class AdaptiveThreads:
         if wanted == threads:
             return None
         self._torch.set_num_threads(wanted)
-        return f"other programs keep {taken:.1f} of {now.cores} cores busy: {wanted} thread{'s' if wanted > 1 else ''}"
+        return f"other programs keep {taken:.1f} of {now.cores} cores busy; using {wanted} thread{'s' if wanted > 1 else ''}"
 
     def _decide(self, threads: int, cores: int, taken: float) -> int:
         """The number for the next steps: lower at once, higher only when the cores have been free for some readings."""
@@ -143,7 +188,7 @@ class AdaptiveThreads:
         higher = min(self.limit, math.floor(cores - taken + FREE))
         self._readings_since_raised += 1
         if lower < threads:
-            # A core that was lost again soon after it was free is waited for twice as long the next time.
+            # If a core is lost again soon after it was gained, wait twice as long the next time.
             soon = self._readings_since_raised < 2 * self._patience
             self._patience = min(2 * self._patience, MAX_PATIENCE) if soon else PATIENCE
             self._free_readings = 0

@@ -1,7 +1,8 @@
 """How accuracy is judged here, usable for your own kernels: the comparison rule, poisoned buffers, and runs of an `OpSpec`.
 
 The rule (`assert_accurate`): `ref` is the definition in float64, unrounded; `base` the plain torch composition in the inputs' dtype;
-`moved` is how far `ref` moves when every input is off by up to one rounding of float32. Over all elements of an output or gradient
+`moved` is how far `ref` moves when every input and incoming gradient is off by up to one rounding of float32. Over all elements of an
+output or gradient
 
     max|out − ref| ≤ 2·max|base − ref| + 4·eps·rms(ref) + 8·max(moved)
     ‖out − ref‖ ≤ 1.5·‖base − ref‖ + eps·‖ref‖ + 2·‖moved‖
@@ -9,11 +10,10 @@ The rule (`assert_accurate`): `ref` is the definition in float64, unrounded; `ba
 with eps of the output's dtype. Infinities must stand in the same places; then the finite part is compared. NaN fails. There are no reruns
 and no share of allowed mismatches; a looser factor stands in the OpSpec with its reason.
 
-Two things keep luck out of it. A sum that cancels is ill-conditioned: `base` may hit it by chance, and no other order of summation
-would. `moved` measures that condition; in 16 bits it is far below what `base` errs by. And a few errors say little, so a tensor with few
-elements is judged as a pool: it is joined with the same tensor of the same sample drawn from further seeds (`pools`), until the pool has
-`POOL` elements. Where an op is slow it may run on the first draws alone. The right side of the first line still comes from the whole pool;
-the second is asked of these draws, if they have `POOL` elements.
+Two measures remove chance. Where a sum cancels, `base` may be accurate by accident; `moved` measures how ill-conditioned the result is, and
+in 16 bits it is far below the error of `base`. And a tensor with few elements gives few errors to judge by, so it is pooled with the same
+tensor of the same sample drawn from further seeds (`pools`), until there are `POOL` elements. A slow op may run on the first draws only:
+the limit on the largest error still comes from the whole pool, and the norm is checked only if those draws have `POOL` elements.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from longvita_kernels.spec import FLOAT_DTYPES, Tolerance
 # ------------------------------------------------------------------------------------------------------------------------------- the rule
 
 
-# The pool and the factors of `moved` come from the largest ratio of an error to its limit, over the 214 tensors of all samples in float32,
-# 60 to 100 seeds, the native, torch and reference backends, ATEN_CPU_CAPABILITY default, avx2 and AVX-512, LONGVITA_ISA portable, avx2 and
-# avx512bf16 (Xeon, Ice Lake or later). Judged one by one and without `moved`, up to 24 tensors failed for some seed, the worst at 6.5 times
-# its limit, and a run of all had 0.1 to 0.9 failures. Pools of 32 elements alone left 15 failing, the worst at 2.8, as a few rows that
-# cancel decide the largest error of a large tensor too. With both the largest ratio is 0.73.
-# In bfloat16 and float16 it is 0.91 one by one and without `moved` (native, 200 seeds).
+# The pool and the factors of `moved` were chosen from the largest ratio of an error to its limit, over the 214 tensors of all samples in
+# float32, 60 to 100 seeds, the native, torch and reference backends, ATEN_CPU_CAPABILITY default, avx2 and AVX-512, LONGVITA_ISA portable,
+# avx2 and avx512bf16 (Xeon, Ice Lake or later). Judged one by one and without `moved`, up to 24 tensors failed for some seed, the worst at
+# 6.5 times its limit, and a run of all had 0.1 to 0.9 failures. Pools of 32 elements alone left 15 failing, the worst at 2.8, as a few rows
+# that cancel decide the largest error of a large tensor too. With both the largest ratio is 0.73. In bfloat16 and float16 it is 0.91 one by
+# one and without `moved` (native, 200 seeds).
 POOL = 32  # elements
 MOVES = 2  # times that the inputs are moved; `moved` is the root of the mean square
 

@@ -57,11 +57,11 @@ def test_a_thread_gives_way_at_once_and_comes_back_after_two_readings():
     adaptive = machine.threads()
     assert counts(adaptive, 3) == [2, 2, 2]
     machine.others = 1.0
-    assert adaptive.adapt() == "other programs keep 1.0 of 2 cores busy: 1 thread"
+    assert adaptive.adapt() == "other programs keep 1.0 of 2 cores busy; using 1 thread"
     assert counts(adaptive, 4) == [1, 1, 1, 1]
     machine.others = 0.0
     assert adaptive.adapt() is None
-    assert adaptive.adapt() == "other programs keep 0.0 of 2 cores busy: 2 threads"
+    assert adaptive.adapt() == "other programs keep 0.0 of 2 cores busy; using 2 threads"
     assert counts(adaptive, 5) == [2] * 5
 
 
@@ -178,6 +178,49 @@ def test_the_wait_policy_is_set_before_torch_and_only_if_the_user_sets_none(monk
         assert environment == chosen
 
 
+def control_groups(directory, groups: str, limits: dict[str, str]) -> dict:
+    """The two places that tell a process its limits, with these contents."""
+    (directory / "cgroup").write_text(groups)
+    for name, text in limits.items():
+        path = directory / "fs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return {"groups": directory / "cgroup", "mount": directory / "fs"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "quota"),
+    [
+        ("0::/\n", {"cpu.max": "max 100000"}, None),
+        ("0::/\n", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/pod/box\n", {"pod/box/cpu.max": "max 100000", "pod/cpu.max": "50000 100000"}, 0.5),
+        ("0::/only/the/host/sees/this\n", {"cpu.max": "200000 100000"}, 2.0),
+        ("3:cpu,cpuacct:/box\n1:cpuset:/\n", {"cpu/box/cpu.cfs_quota_us": "300000", "cpu/box/cpu.cfs_period_us": "100000"}, 3.0),
+        ("2:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("4:cpuset:/\n", {"cpu.max": "50000 100000"}, None),
+    ],
+)
+def test_the_quota_of_control_groups(tmp_path, groups, limits, quota):
+    assert threads.core_quota(**control_groups(tmp_path, groups, limits)) == quota
+
+
+def test_no_quota_without_control_groups(tmp_path):
+    assert threads.core_quota(tmp_path / "none", tmp_path) is None
+
+
+@pytest.mark.parametrize(("quota", "number"), [(None, None), (0.5, "1"), (1.2, "2"), (8.0, None)])
+def test_as_many_threads_as_the_quota_pays_for(monkeypatch, quota, number):
+    monkeypatch.setattr(threads, "core_quota", lambda: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delitem(sys.modules, "torch")
+    environment = {}
+    threads.keep_to_quota(environment)
+    assert environment.get("OMP_NUM_THREADS") == number
+    environment = {"MKL_NUM_THREADS": "6"}
+    threads.keep_to_quota(environment)
+    assert environment == {"MKL_NUM_THREADS": "6"}, "the user's choice stays"
+
+
 def test_the_command_line_sets_it_for_itself_and_its_children():
     code = "import os; from longvita.cli import main; main(['--version']); print(os.environ['GOMP_SPINCOUNT'])"
     clean = {"PATH": "", "PYTHONPATH": ":".join(sys.path)}
@@ -196,5 +239,5 @@ def test_the_trainer_says_when_the_number_changes(tmp_path, capsys):
 
     seen = []
     make_trainer(tmp_path, steps=4, progress="lines", on_step=on_step, threads=adaptive).train()
-    assert "other programs keep 1.0 of 2 cores busy: 1 thread from step 3\n" in capsys.readouterr().err
+    assert "other programs keep 1.0 of 2 cores busy; using 1 thread from step 3\n" in capsys.readouterr().err
     assert seen == [2, 2, 1, 1]

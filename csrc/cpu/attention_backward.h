@@ -226,8 +226,8 @@ void add_grad_q(const AttentionBackward& b, const Panel& panel, const float* sha
   }
 }
 
-// Until another thread has come to `value`. It may be about to, then looking again is quickest; it may need this core; or another program
-// has preempted it, and then sleeping is best, because the system moves a waiting thread to an idle core.
+// Waits until another thread has reached `value`: first polls, because it may be about to; then yields, because it may need this core; then
+// sleeps, because the system moves a preempted thread to a core that is idle.
 inline void wait_for(const int32_t* progress, int32_t value) {
   constexpr int kPauses = 1000, kYields = 100;      // 10 to 50 µs, and about as long again
   constexpr timespec kNap = {0, 50'000};

@@ -1,7 +1,7 @@
 // Loops over threads. One that is not worth a second thread must not even ask the OpenMP runtime: a team of one costs a system call.
 //
-// No thread has a fixed share of the work, because a thread that another program has preempted would hold it up. So body(i) must not depend
-// on the thread that runs it, except through scratch memory that it fills itself.
+// No thread has to finish its share alone: when a thread is done, it takes over chunks of others, so one that another program has preempted
+// does not hold up the loop. So body(i) must not depend on the thread that runs it, except through scratch memory that it fills itself.
 #pragma once
 #include <omp.h>
 
@@ -25,14 +25,14 @@ inline void pause_core() {
 #endif
 }
 
-// What is left of one thread's share. On a cache line of its own, because its owner asks for every chunk of it.
+// What is left of one thread's share. On a cache line of its own, because its owner updates it for every chunk.
 struct alignas(64) Share {
   std::atomic<int64_t> next;
   int64_t end;
 };
 constexpr int kMaxShares = 128;                // 8 KiB of stack
-constexpr int kHelped = 8;                     // shares of other threads that a thread looks at: each look fetches a cache line
-constexpr int64_t kChunks = 8;                 // of a share: at most one chunk of a preempted thread is waited for
+constexpr int kHelped = 8;                     // how many other threads' shares a thread checks for work left: each check fetches a cache line
+constexpr int64_t kChunks = 8;                 // per share: a preempted thread holds back at most one of them
 
 // body(i) for 0 ≤ i < count, on `threads` threads where that is worth it: many short steps. Each thread begins with a share of its own, the
 // same in every call, because much of what it reads is then in its own cache; when that is done, it takes chunks of others.

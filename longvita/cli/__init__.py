@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from longvita.cli.errors import OK, Boundary
-from longvita.threads import set_wait_policy
+from longvita.threads import keep_to_quota, set_wait_policy
 
 
 class Command(NamedTuple):
@@ -88,7 +88,8 @@ def version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    set_wait_policy()  # has an effect only before a subcommand imports torch
+    set_wait_policy()  # both have an effect only before a subcommand imports torch
+    keep_to_quota()
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if not word.startswith("-")), None)
     with Boundary(command or "", debug="--debug" in argv) as boundary:

@@ -1,6 +1,6 @@
-"""`longvita doctor`: what is installed, what is missing and why. Exit code 0 when training and inference can run at full speed, else 1.
+"""`longvita doctor`: what is installed, what is missing and why. Exit code 0 if nothing needs to be fixed, else 1.
 
-Other programs that keep the processor busy are a warning: they cost speed while they run, and nothing has to be put right.
+Other programs that keep the processor busy are reported as a warning: longvita is slower while they run, but nothing needs fixing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 def examine(directory: str | os.PathLike[str] = ".") -> dict[str, Any]:
     """Everything that decides whether and how fast longvita runs here.
 
-    `problems` lists what has to be put right, `warnings` what passes by itself.
+    `problems` lists what needs fixing, `warnings` what passes by itself.
     """
     report: dict[str, Any] = {
         "longvita": _version("longvita"),
@@ -49,6 +49,7 @@ def examine(directory: str | os.PathLike[str] = ".") -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "core_quota": threads.core_quota(),  # a limit on CPU time, in cores
         "torch": _torch(),
         "native": _native(),
         "cuda_kernels": _cuda_kernels(),
@@ -87,21 +88,24 @@ def warnings(report: dict[str, Any]) -> list[str]:
     taken = report["cores_taken"]
     if taken is None or taken <= threads.TAKEN:
         return []
-    return [f"other programs keep {taken:.1f} of {report['cores']} cores busy: training will be slower, and measurements will mean little"]
+    busy = f"other programs keep {taken:.1f} of {report['cores']} cores busy"
+    return [f"{busy}: training is slower and measurements are unreliable until they stop"]
 
 
 def print_report(report: dict[str, Any]) -> None:
     torch, native = report["torch"], report["native"]
+    limited = report["core_quota"] is not None and report["core_quota"] < report["cores"]
+    quota = f" (CPU time limited to {report['core_quota']:g} by a control group)" if limited else ""
     lines = [
         ("longvita", report["longvita"] or "not installed as a package (running from its source tree)"),
         ("python", f"{report['python']} at {sys.executable}"),
-        ("machine", f"{report['cpu']}, {report['cores']} cores, {report['platform']}"),
+        ("machine", f"{report['cpu']}, {report['cores']} cores{quota}, {report['platform']}"),
         ("memory", f"{_gib(report['memory_free_bytes'])} free of {_gib(report['memory_bytes'])}"),
         ("disk", f"{_gib(report['disk_free_bytes'])} free in {Path.cwd()}"),
         ("torch", torch.get("missing") or f"{torch['version']}, {torch['threads']} threads, GPUs: {', '.join(torch['gpus']) or 'none'}"),
         ("native core", _native_line(native)),
         *([("CUDA kernels", report["cuda_kernels"] or "loaded")] if torch.get("gpus") else []),
-        ("OpenMP", f"{', '.join(report['openmp_runtimes']) or 'no runtime loaded'}; idle threads wait by {report['wait_policy']}"),
+        ("OpenMP", f"{', '.join(report['openmp_runtimes']) or 'no runtime loaded'}; wait policy: {report['wait_policy']}"),
     ]
     for extra, packages in report["extras"].items():
         missing = [name for name, installed in packages.items() if installed is None]
@@ -113,7 +117,7 @@ def print_report(report: dict[str, Any]) -> None:
     for kind in ("warning", "problem"):
         for text in report[f"{kind}s"]:
             print(f"{kind}: {text}")
-    print(f"{len(report['problems'])} problem(s) found." if report["problems"] else "All good.")
+    print(f"{len(report['problems'])} problem(s) found." if report["problems"] else "No problems found.")
 
 
 def _native_line(native: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`longvita eval needle`: one marked frame in a long video, one fact in a long text, at several lengths and depths."""
+"""`longvita eval needle`: one marked frame in a long video, one code in a long text, at several lengths and depths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longvita.cli import Command, add_command
 
 TASKS = {
     "needle": Command(
-        "find one marked frame in a long video, one fact in a long text",
+        "find one marked frame in a long video, one code in a long text",
         "longvita eval needle demo-out --kind video --lengths 1024,4096 --depths 0,0.5,1 --out needle.json",
     ),
 }
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", metavar="TASK", title="tasks", required=True)
     needle = add_command(tasks, "needle", TASKS["needle"])
     needle.add_argument("run_dir", metavar="RUN", help="a run directory, or a demo's --out directory (its last stage)")
-    needle.add_argument("--kind", choices=("video", "text", "both"), default="both", help="what is searched (default: both)")
+    needle.add_argument("--kind", choices=("video", "text", "both"), default="both", help="which needle to test (default: both)")
     needle.add_argument("--lengths", type=lengths, metavar="N,N,…", help="tokens of context: 1K,2K,8K (default: up to the trained length)")
     needle.add_argument("--depths", type=depths, metavar="D,D,…", help="where the needle lies: 0 start, 1 end (default: five places)")
     needle.add_argument("--questions", type=positive, default=200, metavar="N", help="questions per kind over the grid (default: 200)")
@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> None:
 
 def table(kind: str, result: dict[str, Any]) -> list[str]:
     """The grid as lines of text: a row per length, a column per depth."""
-    cells = [value for row in result["accuracy"] for value in row if value is not None]
-    lines = [f"{kind} needle, share of right answers (mean {sum(cells) / max(len(cells), 1):.3f})"]
+    what = "share of whole codes" if kind == "text" else "share of right answers"
+    lines = [f"{kind} needle, {what}: {result['mean']:.3f} of {result['questions']} questions"]
     lines.append("tokens \\ depth " + "".join(f"{depth:>7.2f}" for depth in result["depths"]) + "    all (95 % interval)")
     for length, row, total in zip(result["lengths"], result["accuracy"], result["by_length"], strict=True):
         low, high = total["interval"]

@@ -28,8 +28,8 @@ TOKENIZER_CHARACTERS = 20_000_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        f"{parser.description}\n\nOn a CPU it computes with one thread for each core that other programs leave free.\n"
-        "For runs that must agree bit for bit, fix the number with OMP_NUM_THREADS."
+        f"{parser.description}\n\nOn a CPU, training uses one thread for each core that other programs leave free.\n"
+        "To make runs agree bit for bit, fix the number with OMP_NUM_THREADS."
     )
     parser.add_argument("config", help="run-config JSON: model or init, recipe, data (see the README)")
     parser.add_argument("--out", required=True, metavar="DIR", help="run directory: config, metrics, checkpoints, plots")

@@ -1,4 +1,4 @@
-"""How long the demo takes on this machine: a few steps of each kind are timed first, and the plan says how many there are of each.
+"""Estimates how long the demo takes on this machine: times a few steps of each kind and multiplies by the plan's counts.
 
     units = measure(demo)                    # some seconds
     seconds(demo.plan, units)                # {"material": …, "pretraining": …, "training": …, "evaluation": …}
@@ -28,7 +28,7 @@ SHORT_TOKENS = 4096  # about as many as a pre-training step on texts has
 # Whole runs against what the units alone would give, with two threads on an idle machine.
 MATERIAL = 0.13  # videos are written faster than they are learned from
 TRAINING = 1.25  # the vision tower and the decoding of videos
-ROUNDS = 1.3  # of pre-training on texts: a second one is needed now and then
+ROUNDS = 1.3  # a margin: every run kept so far needed one round of pre-training on texts, and up to six are allowed
 EVALUATION = 1.5  # videos are decoded, questions and answers made
 
 
@@ -56,7 +56,7 @@ def measure(demo) -> dict[str, float]:
 
         run(each_step)
         starts.append(time.perf_counter())
-        return float(np.diff(starts)[1:].mean())  # the first pays for what is made once
+        return float(np.diff(starts)[1:].mean())  # the first is slower: it allocates
 
     def train(batch_at, count: int) -> float:
         loss_at = pretrain.mean_loss(model, batch_at, count)
@@ -85,7 +85,7 @@ def seconds(plan: Plan, units: dict[str, float]) -> dict[str, float]:
     for stage in plan.stages:
         recipe = stage.recipe
         tokens = recipe.steps * recipe.global_batch * recipe.sequence_length
-        # Attention grows with the context: of a step of full length it is what the step takes beyond its tokens.
+        # Attention grows with the context: its share of a full-length step is what exceeds the cost of the step's tokens.
         beyond = max(0.0, units["long"] - token * full) / full * (recipe.sequence_length / full)
         training += tokens * (token + beyond)
         written += tokens * token

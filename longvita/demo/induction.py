@@ -1,17 +1,18 @@
-"""Weights of a decoder that recalls: the attention heads that recall needs are laid out, everything remains trainable.
+"""Initial weights of a decoder that can recall: the attention heads it needs are constructed; all weights remain trainable.
 
-How a transformer recalls is known ("induction": a head that looks one token back, and a later one that looks for what followed the present
-token before), and takes a small model minutes, and luck, to discover. So these heads are put in place, as in mimetic initialisation
-(Trockman and Kolter, 2023):
+How a transformer recalls is known as induction: one head copies the previous token, and a later head finds the tokens that followed earlier
+copies of the current one. A small model takes minutes to discover this, and sometimes fails. So these heads are constructed here, as in
+mimetic initialisation (Trockman and Kolter, 2023):
 
-  layer 0, group 0   looks one token back and writes what stood there
-  layer 0, group 1   looks as far back as the name in "Which code starts with Oslo?" lies from the place of the answer that repeats it. It
-                     tells which code is asked for: without it training found the digit after any name, and the name only by luck
-  layer 1, group 0   looks for the tokens that follow an earlier copy of the present one
+  layer 0, group 0   attends to the previous token and copies it
+  layer 0, group 1   attends from the answer to the name in the question ("Which code starts with Oslo?"), a fixed distance back, and so
+                     tells which code is asked for. Without it, training learned to find the digit after some name, but rarely after the
+                     right one
+  layer 1, group 0   attends to the tokens that follow an earlier copy of the current one
 
-The heads look a fixed distance back by a bias in q and k alone, which makes attention depend on distance alone: with k = c and q = c turned
-back by d positions, RoPE's score peaks at distance d. Their values (a projection of the token) are written along directions of their own.
-The matching head then compares the present token with what the first head wrote at every earlier one. It does so in RoPE's slow half, whose
+The heads of layer 0 attend a fixed distance back because q and k have a bias and almost nothing else: with k = c and q = c turned back by
+d positions, RoPE's score peaks at distance d. Their values (a projection of the token) are written along directions of their own. The
+matching head then compares the current token with what the first head wrote at every earlier one. It does so in RoPE's slow half, whose
 angles hardly change over the longest context: a match looks the same from every distance.
 """
 
@@ -84,7 +85,7 @@ def _match(weight_DE: Tensor, read: Tensor) -> None:
 
 
 def asked_distance(processor) -> int:
-    """How many tokens the name in a question lies before the last token that precedes it in the answer: past the chat template."""
+    """Distance in tokens from the token before the name in the answer back to the name in the question: past the chat template."""
     name = NAMES[0]
     turns = [
         {"role": "user", "content": "\n" + TEXT_QUESTION.format(name=name)},

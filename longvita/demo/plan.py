@@ -1,4 +1,4 @@
-"""How much of everything the three sizes of the demo do. The stages derive from the recipes of the real model."""
+"""The three sizes of the demo: steps, lengths and questions of each. The stages derive from the recipes of the real model."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class PretrainPlan:
     """Pre-training of the two parts.
 
     *_steps      vision tower; decoder on lists of codes; decoder on texts, of one round
-    rounds       of texts at most, until the decoder recalls `recall_goal` of the held-out codes; then another draw of the weights is tried
-    draws        at most: rounds and draws bound the time
+    rounds       at most this many on texts for each draw of the weights; the last one is that after which `recall_goal` is reached
+    draws        at most this many initialisations of the weights: rounds and draws bound the time
     recall_goal  share of whole codes, and of marked frames told in words, that must be recalled from held-out short texts
     """
 
@@ -56,11 +56,11 @@ class Goals:
 class Plan:
     """The whole demo.
 
-    lengths         of the needle grid, in tokens
-    questions       a cell of the grid at the shorter lengths
-    full_questions  a cell at full length
-    controls        a cell of the full length with the needle removed
-    stage2_controls a cell of the full length asked of stage 2's model
+    lengths          of the needle grid, in tokens
+    questions        per cell, at the shorter lengths
+    full_questions   per cell, at full length
+    controls         per cell at full length, with the needle removed
+    stage2_controls  per cell at full length, asked of the model after stage 2
     """
 
     name: str
@@ -95,7 +95,7 @@ def _tiny(seed: int, **overrides) -> dict:
 def make_plan(name: str, seed: int = 0) -> Plan:
     """ "quick" (2K tokens), "default" (8K) or "full" (8K, longer training and more questions)."""
     if name not in _SIZES:
-        raise ValueError(f"expected a plan out of {', '.join(_SIZES)}, got {name!r}")
+        raise ValueError(f"expected one of {', '.join(_SIZES)} as the plan, got {name!r}")
     size = dict(_SIZES[name])
     steps, contexts, batches, (lr3, lr4) = (size.pop(key) for key in ("steps", "contexts", "batches", "long_lrs"))
     common = [_tiny(seed, steps=s, sequence_length=c, global_batch=b) for s, c, b in zip(steps, contexts, batches, strict=True)]

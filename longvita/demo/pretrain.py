@@ -7,8 +7,8 @@ images and videos with words in their place. Stages 1 to 4 then do what the real
 Three things make the decoder learn this every time and at every length:
   * it does not start from noise: the attention heads that recall needs are laid out (`longvita.demo.induction`);
   * jumps in the position ids show it the distances of the longest context in short texts (`spread_positions`);
-  * what decides is not the loss, which a mixture of tasks blurs, but a test: the share of whole codes, name and digit, that it recalls from
-    held-out texts. Until the test is passed, training goes on for another round, and after some rounds from another draw of the weights.
+  * training stops not at a given loss, which mixes several tasks, but when a test is passed: the share of whole codes, name and digit, that
+    it recalls from held-out texts. Until then it continues for another round, and after `plan.rounds` rounds with newly drawn weights.
 
 Shapes: B sequences, L tokens, N images, T tokens of a packed row, M rows read.
 """
@@ -87,7 +87,8 @@ def fit(
         loss.backward()
         seen.append(loss.item())
         if not math.isfinite(seen[-1]):
-            raise RuntimeError(f"{name}: the loss became {seen[-1]} at step {step}: start the demo again with another --seed")
+            remedy = "start again with another --seed and a new --out directory"
+            raise RuntimeError(f"{name}: the loss became {seen[-1]} at step {step}; {remedy}")
         torch.nn.utils.clip_grad_norm_(parameters, plan.clip)
         set_lr(optimizers, plan.lr_factor(step))
         for optimizer in [*optimizers, *([head] if head else [])]:
@@ -145,7 +146,8 @@ def pretrain_text(
 
     longest    tokens of the longest context that the stages will train: positions spread that far and beyond
     plan       how many steps a round has, how many rounds a draw, and how many draws there may be: the bound of the time that it takes
-    Returns {"learned", "recall", "draws", "rounds" (of all draws), "text_steps"}; not "learned": the model is that of the last draw.
+    Returns {"learned", "recall", "draws", "rounds" (of all draws), "text_steps"}; if "learned" is false, the model is that of the last
+    draw.
     """
     tests = held_out_tests(processor, np.random.default_rng([seed, 3]))
     rounds = steps = 0

@@ -1,4 +1,4 @@
-"""report.json and the three things to look at: loss.png, needle.png, answers.html. Every number is a measurement of this run."""
+"""report.json and the three things to look at: loss.png, needle.png, answers.html. Every share and time is a measurement of this run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXAMPLE_SEED = 77
 
 
 def assemble(demo, expected: dict, prepared: dict, pretrained: dict, stages: list[dict], measured: dict[str, dict]) -> dict:
-    """The report's dictionary, as the README describes it."""
+    """The dictionary that report.json holds."""
     needle = {}
     for kind in KINDS:
         removed, stage2 = measured[f"removed_{kind}"], measured[f"stage2_{kind}"]
@@ -65,7 +65,7 @@ def assemble(demo, expected: dict, prepared: dict, pretrained: dict, stages: lis
         "material": prepared,
         "seconds": {
             "material": prepared["seconds"], "pretraining": pretrained["seconds"], "training": training, "evaluation": evaluation,
-            "estimate": expected["seconds"],
+            "estimate": expected["seconds"],  # what it took to estimate the rest
             "total": expected["seconds"] + prepared["seconds"] + pretrained["seconds"] + training + evaluation,
         },
         "estimated": {key: expected[key] for key in ("total", "parts", "units", "threads")},
@@ -130,12 +130,13 @@ def lines(report: dict, out: Path) -> list[str]:
     text.append(f'talk to it: longvita chat --run {os.path.relpath(out)} --image digit.jpg --prompt "{haystack.IMAGE_QUESTION}"')
     missing = [name for name, reached in learned.items() if not reached]
     if missing:
-        text.append(f"NOT LEARNED: {', '.join(missing)}. Try another --seed, or --full for longer training")
+        longer = "" if report["plan"] == "full" else ", or --full for longer training"
+        text.append(f"NOT LEARNED: {', '.join(missing)}. Try another --seed{longer}, with a new --out directory")
     return text
 
 
 def verdict(report: dict, name: str) -> str:
-    """Nothing where the goal is reached, else that it is not."""
+    """Empty if the goal was reached, else a note that it was not."""
     return "" if report["learned"][name] else f"  NOT LEARNED (goal {report['goals'][name]:.2f})"
 
 
@@ -152,7 +153,8 @@ def shares(recall: dict) -> str:
 def write(demo, report: dict) -> None:
     """Writes all four files."""
     out = demo.out
-    loss_plot({stage.name: read_metrics(out / stage.name / "metrics.jsonl") for stage in demo.plan.stages}, out / "loss.png")
+    losses = {f"stage {stage.number}": read_metrics(out / stage.name / "metrics.jsonl") for stage in demo.plan.stages}
+    loss_plot(losses, out / "loss.png", title="Training loss, stages 1 to 4")
     needle_plot(report["needle"], out / "needle.png", chance=report["chance"])
     atomic_write_bytes(out / "answers.html", page(demo, report).encode())
     atomic_write_json(out / "report.json", report)
@@ -182,9 +184,10 @@ def page(demo, report: dict) -> str:
     pictures = "".join(
         f"<img class='wide' alt='{name}' src='{_data_url((demo.out / name).read_bytes(), 'png')}'>" for name in ("loss.png", "needle.png")
     )
+    threads = report["machine"]["threads"]
     summary = (
         f"{report['parameters']:,} parameters, {report['context_tokens']:,} tokens of context, trained and measured in "
-        f"{report['seconds']['total'] / 60:.0f} minutes on {report['machine']['threads']} threads. "
+        f"{report['seconds']['total'] / 60:.0f} minutes on {threads} thread{'s' if threads > 1 else ''}. "
         "Everything asked here was held out of training."
     )
     return f"<!doctype html><html lang='en'><meta charset='utf-8'><title>Long-VITA in small</title><style>{STYLE}</style><body>" \
@@ -194,7 +197,7 @@ def page(demo, report: dict) -> str:
 def _needle_words(report: dict, kind: str) -> str:
     grid = report["needle"][kind]
     full, removed = grid["full_length"], grid["needle_removed"]
-    hay = "One frame of the video has a red border" if kind == "video" else "Somewhere in the text a code is told"
+    hay = "One frame of the video has a red border" if kind == "video" else "Somewhere in the text there is a code"
     return (
         f"{hay}. At {full['length']:,} tokens {full['accuracy']:.0%} of {full['questions']} questions are answered correctly"
         f"{verdict(report, kind)}; with the needle removed {removed['accuracy']:.0%} (chance is {report['chance']:.0%}), and by the model "

@@ -105,7 +105,8 @@ class Demo:
         threads = torch.get_num_threads()
         self.tell(
             f"this machine: {units['short']:.2f} s a step on short texts, {units['long']:.1f} s at {self.plan.context_tokens:,} tokens "
-            f"({threads} thread{'s' if threads > 1 else ''}, float32): about {minutes(sum(parts.values()))} in all"
+            f"({threads} thread{'s' if threads > 1 else ''}, float32): about {minutes(sum(parts.values()))} in all, "
+            "longer if pre-training needs more than one round"
         )
         return {"units": units, "parts": parts, "total": sum(parts.values()), "threads": threads, "machine": report.machine()}
 
@@ -125,7 +126,7 @@ class Demo:
 
     def _pretrain(self) -> dict:
         plan, folder = self.plan, self.out / "pretrained"
-        self.tell("pre-training the two parts that the real model gets from InternViT and Qwen2.5 (nobody offers them this small)")
+        self.tell("pre-training the two parts that the real model gets from InternViT and Qwen2.5 (no published ones are this small)")
         model = LongVita(self.config)
         # Text first: another draw of the decoder draws the whole model.
         text = pretrain.pretrain_text(model, self.processor, plan.pretrain, plan.context_tokens, self.seed, self.tell, self.each_step)
@@ -177,13 +178,13 @@ class Demo:
 
 
 def announcement(plan: Plan, out: Path, params: int) -> str:
-    """What will happen, and how long it takes."""
+    """What the demo is about to do."""
     contexts = " → ".join(f"{stage.recipe.sequence_length:,}" for stage in plan.stages)
     return (
         f"Long-VITA in small ({plan.name}): {params:,} parameters, four stages at {contexts} tokens.\n"
         f"It writes digits as JPEG and MP4 and English text, pre-trains a tiny vision tower and decoder, trains stages 1 to 4, and "
         f"then asks\nquestions about held-out images, videos and texts. Results go to {out}.\n"
-        "Ctrl-C: the same command goes on where it stopped (pre-training, a few minutes, begins again if it was not finished)."
+        "Ctrl-C stops it; the same command resumes (an unfinished pre-training starts over)."
     )
 
 

@@ -1,11 +1,11 @@
-"""The needle in a haystack: does the model find one marked frame in a long video, one code word in a long text?
+"""The needle in a haystack: does the model find one marked frame in a long video, one code (a name and a digit) in a long text?
 
     result = evaluate_run("demo-out/stage4", kinds=("video", "text"), lengths=[1024, 8192], questions=200)
     result["video"]["accuracy"][i][j]      # at lengths[i] (tokens of the whole conversation) and depths[j] (0 the start, 1 the end)
 
-The answer is a digit (of a video) or a whole code, name and digit (of a text: "Tunis8"). An answer counts when the only number in it
-is the right one, and in a text when it stands behind the right name. The digit is drawn uniformly and the question gives the name, so
-chance is 0.1 for both. Shares come with their 95 % Wilson intervals.
+The answer is a digit (of a video) or a whole code, name and digit (of a text: "Tunis8"). It counts if its only word with a digit is the
+expected one. The digit is drawn uniformly and the question gives the name, so chance is 0.1 for both. Shares come with their 95 % Wilson
+intervals.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def needle_grid(
 ) -> dict:  # fmt: skip
     """Asks `questions` questions (one number, or one for each length) in every cell of lengths × depths, about fresh held-out material.
 
-    needle=False asks the same questions with the marked frame unmarked and the fact left out: the score must then be at chance.
-    Returns {"lengths", "depths", "accuracy" (a row per length), "by_length" (a `share` per length), "questions" (in all), "mean"}.
+    needle=False asks the same questions with the marked frame unmarked and the code left out: the score must then be at chance.
+    Returns {"lengths", "depths", "accuracy" (a row per length), "by_length" (a `share` per length), "questions" (in all), "mean" (the
+    share of all questions that are answered rightly)}.
     """
     if kind not in KINDS:
         raise ValueError(f"expected one of {', '.join(KINDS)} as the kind of needle, got {kind!r}")
@@ -76,16 +77,17 @@ def needle_grid(
     if len(counts) != len(lengths):
         raise ValueError(f"expected one number of questions, or one for each of {len(lengths)} lengths; got {len(counts)}")
     asked, depths = sorted(zip(lengths, counts, strict=True)), sorted(depths)
-    accuracy, by_length = [], []
+    accuracy, by_length, answered = [], [], []
     for length, count in asked:
         right = _ask(model, processor, kind, length, [depth for depth in depths for _ in range(count)], seed, needle)
         accuracy.append(np.reshape(right, (len(depths), count)).mean(axis=1).tolist())
         by_length.append(share(sum(right), len(right)))
+        answered += right
         if progress is not None:
             progress(f"{kind} needle at {length} tokens: {np.mean(right):.2f} of {len(right)} questions right")
     return {
         "lengths": [length for length, _ in asked], "depths": depths, "accuracy": accuracy, "by_length": by_length,
-        "questions": sum(part["questions"] for part in by_length), "mean": float(np.mean(accuracy)),
+        "questions": len(answered), "mean": float(np.mean(answered)),
     }  # fmt: skip
 
 

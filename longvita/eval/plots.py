@@ -31,6 +31,7 @@ STYLE = {
 }  # fmt: skip
 DPI = 130
 CONTROLS = {"needle_removed": "needle removed", "stage2_model": "stage 2's model"}
+ENDS = 10  # steps whose mean loss labels the beginning and the end of a stage
 NARROW = 0.105  # share of the width below which a band's label stands upright
 
 
@@ -94,12 +95,14 @@ def _width(losses: np.ndarray) -> float:
 
 
 def _label_stage(axes: Axes, name: str, records: Sequence[Mapping[str, Any]], start: int, end: int, share: float, colour: str) -> None:
-    """Name and smoothed losses on top of the stage's band, upright where the band is too narrow for a line of text."""
+    """Name and loss at both ends (means of some steps) on top of the stage's band, upright where it is too narrow for a line of text."""
     losses = _losses(records)
-    smoothed = smooth(losses, _width(losses))
+    losses = losses[np.isfinite(losses)]
+    width = max(1, min(ENDS, len(losses) // 2))
+    first, last = (f"{part.mean():.2g}" if part.size else "–" for part in (losses[:width], losses[-width:]))
     narrow = share < NARROW
     axes.annotate(
-        f"{name}{'  ' if narrow else chr(10)}{_short(smoothed[0])} → {_short(smoothed[-1])}", ((start + end) / 2, 1),
+        f"{name}{'  ' if narrow else chr(10)}{first} → {last}", ((start + end) / 2, 1),
         xycoords=("data", "axes fraction"), xytext=(0, -6), textcoords="offset points", ha="center", va="top",
         rotation=90 if narrow else 0, fontsize=9, color=colour, fontweight="bold", linespacing=1.4,
     )  # fmt: skip
@@ -157,8 +160,8 @@ def needle_plot(
     """Heatmaps side by side, one per kind ("video", "text"), every cell with its value.
 
     needle  {kind: {"lengths": tokens, ascending, "depths": shares 0 … 1, "accuracy": [length][depth],
-            optional: "questions" (in all), "full_length": {"accuracy", "interval"}, and as controls "needle_removed" and
-            "stage2_model": {"accuracy", …}}}
+            optional: "mean" (of all questions), "full_length": {"accuracy", "interval"}, and as controls "needle_removed" and
+            "stage2_model": {"accuracy"}; each may say how many "questions" it is of}}
     path    PNG to write.  chance  what guessing gives
     ValueError for a kind whose accuracy is not len(lengths) × len(depths).
     """
@@ -206,18 +209,26 @@ def _heatmap(axes: Axes, kind: str, result: Mapping[str, Any], grid: np.ndarray)
     axes.grid(which="minor", color="white", linewidth=2)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    axes.set(xlabel="depth of the needle (0 % = start)", ylabel="context, tokens")
-    facts = [f"mean {np.nanmean(grid):.1%}" if not np.isnan(grid).all() else "not measured"]
-    facts += [f"{result['questions']} questions"] if "questions" in result else []
+    axes.set(xlabel="depth of the needle (0% = start)", ylabel="context, tokens")
+    if np.isnan(grid).all():
+        facts = ["not measured"]
+    else:
+        facts = [f"all {result['mean']:.0%}{_asked(result)}" if "mean" in result else f"mean of the cells {np.nanmean(grid):.0%}"]
     if "full_length" in result:
-        low, high = result["full_length"]["interval"]
-        facts.append(f"full length {result['full_length']['accuracy']:.1%} ({low:.0%} to {high:.0%})")
-    controls = [f"{words} {result[key]['accuracy']:.1%}" for key, words in CONTROLS.items() if key in result]
+        full = result["full_length"]
+        low, high = full["interval"]
+        facts.append(f"full length {full['accuracy']:.0%}, {low:.0%} to {high:.0%}{_asked(full)}")
+    known = [(words, result[key]) for key, words in CONTROLS.items() if key in result]
+    controls = [f"{words} {part['accuracy']:.0%}{_asked(part)}" for words, part in known]
     lines = [" · ".join(facts), "at full length: " + " · ".join(controls)] if controls else [" · ".join(facts)]
-    axes.set_title("\n".join([kind, *[""] * len(lines)]), fontsize=11)
+    axes.set_title("\n".join([f"{kind} (whole codes)" if kind == "text" else kind, *[""] * len(lines)]), fontsize=11)
     under = {"xycoords": "axes fraction", "xytext": (0, 5), "textcoords": "offset points", "linespacing": 1.35}
     axes.annotate("\n".join(lines), (0, 1), fontsize=9, color="#555555", **under).set_in_layout(False)
     return image
+
+
+def _asked(part: Mapping[str, Any]) -> str:
+    return f" (n = {part['questions']})" if "questions" in part else ""
 
 
 def _matplotlib() -> Any:

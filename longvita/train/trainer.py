@@ -59,7 +59,7 @@ class Trainer:
     progress   "auto" (a bar on a terminal, lines elsewhere), "bar", "lines" or "quiet"
     on_step    called as on_step(step, row) after every step with the row of metrics.jsonl
     data       JSON-ready description of the data, part of the configuration that a resumption must match
-    threads    changes the number of threads when other programs take cores (on a GPU, where it matters little, it is not asked)
+    threads    adapts the number of threads when other programs take cores; ignored on a GPU
     """
 
     def __init__(

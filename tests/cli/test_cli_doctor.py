@@ -29,7 +29,16 @@ def test_lines_say_the_same(longvita):
     result = longvita("doctor")
     for word in ("python", "torch", "native core", "OpenMP", "memory", "disk"):
         assert any(line.startswith(word) for line in result.out.splitlines())
-    assert ("All good." in result.out) == (result.code == 0)
+    assert ("No problems found." in result.out) == (result.code == 0)
+
+
+def test_a_limit_on_cpu_time_is_told(longvita, monkeypatch):
+    def machine_line(quota: float) -> str:
+        monkeypatch.setattr(doctor.threads, "core_quota", lambda: quota)
+        return next(line for line in longvita("doctor").out.splitlines() if line.startswith("machine"))
+
+    assert "cores (CPU time limited to 0.5 by a control group)" in machine_line(0.5)
+    assert "limited" not in machine_line(4096.0), "more than there is limits nothing"
 
 
 def test_one_openmp_runtime_and_it_is_found():
@@ -82,7 +91,7 @@ def test_a_busy_machine_is_a_warning_and_not_a_problem(longvita, monkeypatch, ta
     monkeypatch.setattr(doctor.threads, "sample_cores_taken", lambda: taken)
     monkeypatch.setattr(doctor, "problems", lambda report: [])
     result = longvita("doctor")
-    assert result.code == 0 and result.out.endswith("All good.\n")
+    assert result.code == 0 and result.out.endswith("No problems found.\n")
     assert ("warning: other programs keep 1.0 of " in result.out) == warned
     report = json.loads(longvita("doctor", "--json").out)
     assert report["cores_taken"] == taken and len(report["warnings"]) == warned
@@ -91,6 +100,6 @@ def test_a_busy_machine_is_a_warning_and_not_a_problem(longvita, monkeypatch, ta
 def test_the_wait_policy_is_shown(longvita, monkeypatch):
     monkeypatch.setenv("GOMP_SPINCOUNT", "1234")
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert "idle threads wait by GOMP_SPINCOUNT=1234\n" in longvita("doctor").out
+    assert "wait policy: GOMP_SPINCOUNT=1234\n" in longvita("doctor").out
     monkeypatch.delenv("GOMP_SPINCOUNT")
     assert json.loads(longvita("doctor", "--json").out)["wait_policy"] == "the OpenMP runtime's default"

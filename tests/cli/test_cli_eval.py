@@ -9,7 +9,7 @@ import pytest
 from longvita.cli.eval import table
 
 RESULT = {
-    "lengths": [1024, 8192], "depths": [0.0, 1.0], "accuracy": [[1.0, 0.75], [0.5, None]], "questions": 12,
+    "lengths": [1024, 8192], "depths": [0.0, 1.0], "accuracy": [[1.0, 0.75], [0.5, None]], "questions": 12, "mean": 0.75,
     "by_length": [
         {"accuracy": 0.875, "questions": 8, "interval": [0.529, 0.978]}, {"accuracy": 0.5, "questions": 4, "interval": [0.15, 0.85]},
     ],
@@ -56,7 +56,7 @@ def test_defaults_and_quiet(longvita, asked, tiny_run):
 
 def test_the_table():
     assert table("text", RESULT) == [
-        "text needle, share of right answers (mean 0.750)",
+        "text needle, share of whole codes: 0.750 of 12 questions",
         "tokens \\ depth    0.00   1.00    all (95 % interval)",
         "         1,024    1.00   0.75   0.88 (0.53–0.98)",
         "         8,192    0.50      –   0.50 (0.15–0.85)",
