@@ -26,7 +26,7 @@ INTRODUCTION = """# Runs of the demo
 
 Every row is one run of `longvita demo` from an empty directory. Shares are of held-out questions, with their 95 % Wilson intervals: images
 (one handwritten digit each), a marked frame in a video and a whole code, name and digit, in a text, both at the longest context of the
-plan, and the same with the needle removed, where chance is 0.10. All runs of a plan are asked the same questions. `rounds` counts the
+plan, and the same with the needle removed, where chance is 0.10. `rounds` counts the
 rounds of text pre-training that it took until the decoder passed its test.
 
 The minutes cover the whole run: estimate, material, pre-training, training and evaluation. In brackets is the estimate that the run printed
@@ -57,8 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         save(args.name, {key: value for key, value in report.items() if key not in DROPPED})
     elif args.action == "pretrain":
         found = pretrain_alone(args.plan, args.seed)
-        isa = found["machine"]["instruction_set_cap"]
-        save(f"pretrain-seed{args.seed}{f'-{isa}' if isa else ''}", found)
+        torch_cap = found["machine"]["torch_capability_cap"]
+        caps = [args.plan if args.plan != "default" else None, found["machine"]["instruction_set_cap"], torch_cap and f"torch-{torch_cap}"]
+        save("-".join(["pretrain", f"seed{args.seed}", *filter(None, caps)]), found)
         failed = not found["learned"]
     PAGE.write_text(page(kept()))
     return int(failed)
@@ -129,9 +130,10 @@ def demo_row(name: str, run: dict) -> str:
     low, high = run["image_interval"]
     images = f"{run['image_accuracy']:.3f} ({low:.2f}–{high:.2f})" + ("" if run["learned"]["images"] else " **not learned**")
     minutes = f"{seconds['total'] / 60:.1f} ({run['estimated']['total'] / 60:.1f})"
+    rounds = str(run["pretraining"]["rounds"]) + ("" if run["learned"]["recall"] else " **not learned**")
     work = seconds["total"] * run["machine"]["matmul_gflops"] / 1000
     cells = [
-        name, where(run["machine"]), images, *found, *removed, str(run["pretraining"]["rounds"]), minutes, f"{work:.0f}",
+        name, where(run["machine"]), images, *found, *removed, rounds, minutes, f"{work:.0f}",
         f"{run['peak_rss_bytes'] / 2**30:.2f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"

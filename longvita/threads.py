@@ -9,7 +9,9 @@
 
 A parallel loop ends when its last thread is done. If another program keeps one core busy, one of the threads is preempted, and the others
 wait for it. They wait by spinning, and libgomp spins for so long by default that this uses up the time slices in which the work could be
-done. @BUSY@
+done: on 2 cores, beside a process that keeps one of them busy, training of the tiny model fell to 0.08 (short steps) and 0.31 (steps of 8K
+tokens) of its undisturbed rate. A shorter spin (`set_wait_policy`) alone gives 0.09 and 0.43. With one thread for each free core as well
+(`AdaptiveThreads`), it is 0.74 and 0.53 (bench/results/busy-spr.json).
 
 With another number of threads torch's own CPU kernels sum in another order (matrix products with more than about 1,000 rows to sum over,
 sums over a whole tensor, gradients of convolutions), so results differ in their last bits. Where runs must agree bit for bit on a CPU, fix
@@ -41,8 +43,8 @@ INTERVAL = 0.5  # seconds between two readings; the system counts CPU time in ti
 # A thread gives way when other programs take more than TAKEN of its core. They get less than they want while we compete with them: a
 # process that would keep a core busy gets about half of it.
 TAKEN = 0.3
-FREE = 0.15  # a core counts as free again when other programs take less than this of it
-PATIENCE = 2  # readings in a row that must find the core free
+NOISE = 0.1  # times the root of the number of cores is tolerated instead, where that is more: so much may the ticks be wrong by
+PATIENCE = 2  # readings in a row that must find a core free, less than half of TAKEN in use, before it is used again
 MAX_PATIENCE = 16  # the same limit after a core was free only briefly: another program comes and goes
 
 
@@ -67,7 +69,7 @@ def core_quota(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sy
     their directories may not be visible.
     """
     try:
-        lines = groups.read_text(encoding="ascii").splitlines()
+        lines = os.fsdecode(groups.read_bytes()).splitlines()
     except OSError:
         return None
     quotas = []
@@ -75,16 +77,15 @@ def core_quota(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sy
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        top = mount / "cpu" if controllers else mount
+        top, files = (mount / "cpu", CPU_LIMIT_V1) if controllers else (mount, CPU_LIMIT_V2)
         group = top / path.strip("/")
         for directory in (group, *group.parents):
             try:
-                words = [(directory / name).read_text(encoding="ascii") for name in (CPU_LIMIT_V1 if controllers else CPU_LIMIT_V2)]
-            except OSError:
-                words = []
-            quota, period = " ".join(words).split() or ("max", "0")
-            if quota not in ("max", "-1"):
-                quotas.append(int(quota) / int(period))
+                quota, period = (int(word) for name in files for word in (directory / name).read_text(encoding="ascii").split())
+            except (OSError, ValueError):  # no such file here; "max" is no number
+                quota = period = -1
+            if quota > 0 and period > 0:
+                quotas.append(quota / period)
             if directory == top:
                 break
     return min(quotas, default=None)
@@ -122,7 +123,7 @@ def read_usage() -> Usage | None:
     mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     # user, nice, system, idle, iowait, irq, softirq, steal; what guests use is part of user
     counts = [[int(word) for word in line[1:9]] for line in lines if line[0] in mine]
-    if not counts:
+    if len(counts) != len(mine):  # some containers number the cores of this file in their own way
         return None
     ticks = sum(sum(count) - count[3] - count[4] for count in counts)
     return Usage(len(counts), time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time())
@@ -146,8 +147,8 @@ class AdaptiveThreads:
     """Gives torch one thread for each core that other programs leave free, up to the number it starts with.
 
     Make one object for the whole run, and call `adapt()` once per training step on the thread that trains: OpenMP keeps the number
-    separately for each thread. It does nothing if the number is fixed (OMP_NUM_THREADS or MKL_NUM_THREADS, set by the user, by torchrun
-    or by `keep_to_quota`), if it starts with one thread, or if the system has no /proc/stat.
+    separately for each thread. It does nothing if the number is fixed (OMP_NUM_THREADS or MKL_NUM_THREADS, set by the user or by
+    `keep_to_quota`), if it starts with one thread, or if the system has no /proc/stat.
     """
 
     def __init__(self, *, read: Callable[[], Usage | None] = read_usage, clock: Callable[[], float] = time.monotonic):
@@ -157,7 +158,7 @@ class AdaptiveThreads:
         self.limit = torch.get_num_threads()
         fixed = self.limit == 1 or any(os.environ.get(name) for name in FIXED_BY)
         self._before = None if fixed else read()
-        self._free_readings = 0
+        self._free_readings = self._bearable_readings = 0
         self._patience = PATIENCE
         self._readings_since_raised = MAX_PATIENCE
 
@@ -184,17 +185,22 @@ class AdaptiveThreads:
 
     def _decide(self, threads: int, cores: int, taken: float) -> int:
         """The number for the next steps: lower at once, higher only when the cores have been free for some readings."""
-        lower = max(1, math.floor(cores - taken + TAKEN))
-        higher = min(self.limit, math.floor(cores - taken + FREE))
+        tolerated = max(TAKEN, NOISE * math.sqrt(cores))
+        lower = max(1, math.floor(cores - taken + tolerated))
+        higher = min(self.limit, math.floor(cores - taken + tolerated / 2))
         self._readings_since_raised += 1
         if lower < threads:
             # If a core is lost again soon after it was gained, wait twice as long the next time.
             soon = self._readings_since_raised < 2 * self._patience
             self._patience = min(2 * self._patience, MAX_PATIENCE) if soon else PATIENCE
-            self._free_readings = 0
+            self._free_readings = self._bearable_readings = 0
             return lower
+        # A core that other programs use a little is worth having too, but they may want more of it: it is tried after the longest wait.
+        lower = min(self.limit, lower)
         self._free_readings = self._free_readings + 1 if higher > threads else 0
-        if self._free_readings < self._patience:
+        self._bearable_readings = self._bearable_readings + 1 if lower > threads else 0
+        if self._free_readings < self._patience and self._bearable_readings < MAX_PATIENCE:
             return threads
-        self._free_readings = self._readings_since_raised = 0
-        return higher
+        wanted = higher if self._free_readings >= self._patience else lower
+        self._free_readings = self._bearable_readings = self._readings_since_raised = 0
+        return wanted

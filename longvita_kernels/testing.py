@@ -74,6 +74,8 @@ def _mismatch(out, ref, base):
     if not out.shape == ref.shape == base.shape:
         return f"shapes differ: out {tuple(out.shape)}, ref {tuple(ref.shape)}, base {tuple(base.shape)}"
     out, ref, base = (t.detach().to("cpu", torch.float64) for t in (out, ref, base))
+    if ref.isnan().any():
+        return f"{int(ref.isnan().sum())} of {ref.numel()} elements of the reference are NaN, first at {_first(ref.isnan())}"
     if out.isnan().any():
         return f"{int(out.isnan().sum())} of {out.numel()} elements are NaN, first at {_first(out.isnan())}"
     infinite = ref.isinf()
@@ -91,13 +93,13 @@ def _bounds_violation(error, base_error, ref, moved, eps, tolerance):
     worst, base_worst, most_moved = (float(x.abs().max()) for x in (error, base_error, moved))
     rms = float(ref.square().mean().sqrt())
     limit = tolerance.max_factor * base_worst + 4 * eps * rms + 8 * most_moved
-    if worst > limit:
+    if not worst <= limit:
         return f"largest error {worst:.3e} exceeds {limit:.3e} (base {base_worst:.3e}, rms {rms:.3e}, moved {most_moved:.3e})"
     if error.numel() < POOL:
         return None
     norm, base_norm, ref_norm, moved_norm = (float(x[: error.numel()].norm()) for x in (error, base_error, ref, moved))
     limit = tolerance.norm_factor * base_norm + eps * ref_norm + 2 * moved_norm
-    if norm > limit:
+    if not norm <= limit:
         return f"error norm {norm:.3e} exceeds {limit:.3e} (base {base_norm:.3e}, ‖ref‖ {ref_norm:.3e}, ‖moved‖ {moved_norm:.3e})"
     return None
 

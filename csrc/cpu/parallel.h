@@ -22,6 +22,8 @@ constexpr int64_t kWorthThreads = 1 << 17, kWorthElements = kWorthThreads / 8;
 inline void pause_core() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
 #endif
 }
 

@@ -65,12 +65,21 @@ def run(args: argparse.Namespace) -> None:
 
     run_dir = last_stage(args.run_dir)
     from longvita.eval.needle import evaluate_run
+    from longvita.threads import AdaptiveThreads
 
     kinds = ("video", "text") if args.kind == "both" else (args.kind,)
     tell = None if args.quiet else lambda line: print(line, file=sys.stderr, flush=True)
+    threads = AdaptiveThreads()
+
+    def each_question() -> None:
+        change = threads.adapt()
+        if change and tell:
+            tell(change)
+
     result = evaluate_run(
-        run_dir, kinds=kinds, lengths=args.lengths, depths=args.depths, questions=args.questions, seed=args.seed, progress=tell
-    )
+        run_dir, kinds=kinds, lengths=args.lengths, depths=args.depths, questions=args.questions, seed=args.seed, progress=tell,
+        each_question=each_question,
+    )  # fmt: skip
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

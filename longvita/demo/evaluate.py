@@ -31,7 +31,12 @@ def images(demo, stage: int) -> dict:
     model, processor = demo.model_of(stage)
     digits = haystack.load_digits()[1]
     paths = [os.fspath(demo.material / image_path("held_out", number)) for number in range(len(digits))]
-    prompts = (processor(Sample([{"role": "user", "content": "<image>\n" + haystack.IMAGE_QUESTION}], images=[path])) for path in paths)
+
+    def prompt(path: str):
+        demo.each_step()
+        return processor(Sample([{"role": "user", "content": "<image>\n" + haystack.IMAGE_QUESTION}], images=[path]))
+
+    prompts = (prompt(path) for path in paths)
     answers = [processor.tokenizer.decode(ids) for ids in generate_ids(model, prompts, max_new_tokens=4)]
     right = [score(answer, str(digit)) for answer, digit in zip(answers, digits.labels, strict=True)]
     result = share(sum(right), len(right))
@@ -44,8 +49,9 @@ def needles(demo, stage: int, kind: str) -> dict:
     plan = demo.plan
     model, processor = demo.model_of(stage)
     return needle_grid(
-        model, processor, kind, lengths=plan.lengths, depths=plan.depths, questions=plan.grid_questions, seed=demo.seed, progress=demo.tell
-    )
+        model, processor, kind, lengths=plan.lengths, depths=plan.depths, questions=plan.grid_questions, seed=demo.seed, progress=demo.tell,
+        each_question=demo.each_step,
+    )  # fmt: skip
 
 
 def control(demo, stage: int, kind: str, *, needle: bool) -> dict:
@@ -56,5 +62,5 @@ def control(demo, stage: int, kind: str, *, needle: bool) -> dict:
     return needle_grid(
         model, processor, kind, lengths=plan.lengths[-1:], depths=plan.depths, seed=demo.seed + 1, needle=needle,
         questions=plan.stage2_controls if needle else plan.controls,
-        progress=lambda line: demo.tell(f"{note}: {line}"),
+        progress=lambda line: demo.tell(f"{note}: {line}"), each_question=demo.each_step,
     )  # fmt: skip

@@ -10,10 +10,10 @@ mimetic initialisation (Trockman and Kolter, 2023):
                      right one
   layer 1, group 0   attends to the tokens that follow an earlier copy of the current one
 
-The heads of layer 0 attend a fixed distance back because q and k have a bias and almost nothing else: with k = c and q = c turned back by
-d positions, RoPE's score peaks at distance d. Their values (a projection of the token) are written along directions of their own. The
+The heads of layer 0 attend a fixed distance back because q and k have a bias and almost nothing else: with k = c and q = c turned back by d
+positions, RoPE's score peaks at distance d. Their values (a projection of the token) are written along directions of their own. The
 matching head then compares the current token with what the first head wrote at every earlier one. It does so in RoPE's slow half, whose
-angles hardly change over the longest context: a match looks the same from every distance.
+angles hardly change over a thousand positions: at first a match stands out from as far as that. Jumps in the position ids teach the rest.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ _SIZES = {
     "quick": dict(
         long_lrs=(3e-4, 2e-4), steps=(60, 120, 30, 30), contexts=(1024, 1024, 1024, 2048), batches=(2, 4, 4, 2),
         pretrain=PretrainPlan(vision_steps=200, list_steps=40, text_steps=200), lengths=(512, 1024, 2048),
-        goals=Goals(images=0.9, video=0.8, text=0.8), questions=4, full_questions=10, controls=8,
+        goals=Goals(images=0.9, video=0.75, text=0.8), questions=4, controls=10,
     ),
     "default": dict(
         long_lrs=(1e-3, 4e-4), steps=(60, 150, 60, 90), contexts=(1024, 1024, 2048, 8192), batches=(2, 4, 4, 1),

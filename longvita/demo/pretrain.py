@@ -16,6 +16,7 @@ Shapes: B sequences, L tokens, N images, T tokens of a packed row, M rows read.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -67,13 +68,17 @@ def recipe(steps: int, trainable: tuple[str, ...]):
     )  # fmt: skip
 
 
+class Diverged(RuntimeError):
+    """The loss or a gradient is not finite."""
+
+
 def fit(
     model: LongVita, part: str, extra: list[nn.Parameter], steps: int, loss_at: Callable[[int], Tensor], name: str, tell: Tell,
     each_step: Callable[[], None],
 ) -> None:  # fmt: skip
     """Trains one part of the model, and `extra`, for `steps` steps on loss_at(1 … steps); new optimizers and a schedule of its own.
 
-    RuntimeError, with the remedy, when the loss is not finite. each_step() is called before every step.
+    Diverged, with the remedy, when the loss or a gradient is not finite. each_step() is called before every step.
     """
     plan = recipe(steps, (part,))
     model.set_trainable(plan.trainable)
@@ -86,10 +91,10 @@ def fit(
         loss = loss_at(step)
         loss.backward()
         seen.append(loss.item())
-        if not math.isfinite(seen[-1]):
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, plan.clip))
+        if not (math.isfinite(seen[-1]) and math.isfinite(norm)):
             remedy = "start again with another --seed and a new --out directory"
-            raise RuntimeError(f"{name}: the loss became {seen[-1]} at step {step}; {remedy}")
-        torch.nn.utils.clip_grad_norm_(parameters, plan.clip)
+            raise Diverged(f"{name}: at step {step} the loss was {seen[-1]} and its gradient's norm {norm}; {remedy}")
         set_lr(optimizers, plan.lr_factor(step))
         for optimizer in [*optimizers, *([head] if head else [])]:
             optimizer.step()
@@ -155,21 +160,31 @@ def pretrain_text(
         recall_init(model, processor, seed + 1_000_003 * draw)
         lessons = Lessons(processor, longest, np.random.default_rng([seed, 2, draw]))
         lists = mean_loss(model, lessons.lists, plan.list_steps)
-        fit(model, "text", [], plan.list_steps, lists, "decoder, lists of codes", tell, each_step)
-        steps += plan.list_steps
-        for _ in range(plan.rounds):
-            rounds += 1
-            texts = mean_loss(model, lessons.texts, plan.text_steps)
-            fit(model, "text", [], plan.text_steps, texts, "decoder, texts", tell, each_step)
-            steps += plan.text_steps
+        try:
+            fit(model, "text", [], plan.list_steps, lists, "decoder, lists of codes", tell, each_step)
+            steps += plan.list_steps
+            for number in range(plan.rounds):
+                rounds += 1
+                started = time.perf_counter()
+                texts = mean_loss(model, lessons.texts, plan.text_steps)
+                fit(model, "text", [], plan.text_steps, texts, "decoder, texts", tell, each_step)
+                steps += plan.text_steps
+                found = recall(model, tests)
+                learned = min(found.values()) >= plan.recall_goal
+                tell(
+                    f"  recalled from held-out short texts: {found['text']:.2f} of the codes, {found['video']:.2f} of the marked frames in "
+                    f"words (goal {plan.recall_goal:.2f}): {'learned' if learned else 'not learned yet'}"
+                )
+                if learned:
+                    return {"learned": True, "recall": found, "draws": draw + 1, "rounds": rounds, "text_steps": steps}
+                if number + 1 < plan.rounds:
+                    tell(f"  another round, about {(time.perf_counter() - started) / 60:.1f} minutes more than estimated")
+        except Diverged as problem:
+            tell(f"  {problem}")
+            recall_init(model, processor, seed + 1_000_003 * draw)  # what follows needs finite weights
             found = recall(model, tests)
-            learned = min(found.values()) >= plan.recall_goal
-            tell(
-                f"  recalled from held-out short texts: {found['text']:.2f} of the codes, {found['video']:.2f} of the marked frames in "
-                f"words (goal {plan.recall_goal:.2f}): {'learned' if learned else 'not learned yet'}"
-            )
-            if learned:
-                return {"learned": True, "recall": found, "draws": draw + 1, "rounds": rounds, "text_steps": steps}
+        if draw + 1 < plan.draws:
+            tell("  again, with newly drawn weights")
     tell(f"  NOT LEARNED in {rounds} rounds from {plan.draws} draws of the weights; the stages start from what there is")
     return {"learned": False, "recall": found, "draws": plan.draws, "rounds": rounds, "text_steps": steps}
 

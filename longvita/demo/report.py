@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import os
 import platform
 import re
@@ -26,6 +27,7 @@ from longvita.model.checkpoint_io import atomic_write_bytes, atomic_write_json
 from longvita.train.metrics import read_metrics
 
 CHANCE = 0.1
+CONTROL_ALARM = 0.001  # how rarely a control at chance may look as if it were above
 EXAMPLE_SEED = 77
 
 
@@ -54,6 +56,7 @@ def assemble(demo, expected: dict, prepared: dict, pretrained: dict, stages: lis
             "images": measured["images"]["accuracy"] >= goals.images,
             **{kind: needle[kind]["full_length"]["accuracy"] >= getattr(goals, kind) for kind in KINDS},
         },
+        "above_chance": [kind for kind in KINDS if above_chance(needle[kind]["needle_removed"])],  # a control that fails
         "image_accuracy": measured["images"]["accuracy"],
         "image_interval": measured["images"]["interval"],
         "image_accuracy_stage2": measured["images_stage2"]["accuracy"],
@@ -72,6 +75,14 @@ def assemble(demo, expected: dict, prepared: dict, pretrained: dict, stages: lis
         "peak_rss_bytes": max(part["peak_rss_bytes"] for part in [expected, prepared, pretrained, *stages, *measured.values()]),
         "machine": expected["machine"],
     }  # fmt: skip
+
+
+def above_chance(part: dict) -> bool:
+    """Whether this many right answers come from guessing with a probability below CONTROL_ALARM."""
+    asked = part["questions"]
+    right = round(part["accuracy"] * asked)
+    chances = (math.comb(asked, count) * CHANCE**count * (1 - CHANCE) ** (asked - count) for count in range(right, asked + 1))
+    return sum(chances) < CONTROL_ALARM
 
 
 def machine() -> dict:
@@ -128,6 +139,11 @@ def lines(report: dict, out: Path) -> list[str]:
     )
     text.append(f"report: {out / 'report.json'}   pictures: loss.png, needle.png   answers: {out / 'answers.html'}")
     text.append(f'talk to it: longvita chat --run {os.path.relpath(out)} --image digit.jpg --prompt "{haystack.IMAGE_QUESTION}"')
+    for kind in report["above_chance"]:
+        text.append(
+            f"CONTROL FAILED: without the needle the model answers more {kind} questions than by chance, so its score does not show that "
+            "it found the needle"
+        )
     missing = [name for name, reached in learned.items() if not reached]
     if missing:
         longer = "" if report["plan"] == "full" else ", or --full for longer training"

@@ -30,6 +30,7 @@ from longvita.train.metrics import peak_rss_bytes
 from longvita.train.trainer import Trainer
 
 Tell = Callable[[str], None]
+VERSION = 2  # of the files in results/
 
 
 class Demo:
@@ -63,10 +64,12 @@ class Demo:
 
     def _claim(self) -> None:
         """One directory, one demo: a second command with another size must not mix its results in."""
-        mine = {"plan": self.plan.name, "seed": self.seed, "version": 1}
+        mine = {"plan": self.plan.name, "seed": self.seed, "version": VERSION}
         path = self.out / "demo.json"
         if path.exists():
             there = read_json(path)
+            if there.get("version") != VERSION:
+                raise ValueError(f"{self.out} holds a demo that another version of longvita began: choose another --out")
             if there != mine:
                 raise ValueError(
                     f"{self.out} holds a demo of plan {there.get('plan')!r} with seed {there.get('seed')}, expected {mine['plan']!r} "
@@ -91,7 +94,7 @@ class Demo:
         return result
 
     def each_step(self) -> None:
-        """Before every step of pre-training: as many threads as other programs leave cores."""
+        """Before every step of pre-training and every question: as many threads as other programs leave cores."""
         change = self.threads.adapt()
         if change:
             self.tell(f"  {change}")

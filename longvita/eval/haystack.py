@@ -127,11 +127,16 @@ class VideoHay:
     digits: Digits
 
     def frames(self, count: int, rng: np.random.Generator, *, depth: float | None = None, needle: bool = True) -> tuple[np.ndarray, int]:
-        """((F, S, S, 3), digit): the marked frame lies at `depth` (0 first, 1 last; None: anywhere). needle=False leaves the mark out."""
+        """((F, S, S, 3), digit): the marked frame lies at `depth` (0 first, 1 last; None: anywhere).
+
+        needle=False shows another frame in its place, unmarked, so that no frame tells the digit.
+        """
         digit = int(rng.integers(10))
         chosen = rng.integers(len(self.digits), size=count)
         place = int(rng.integers(count)) if depth is None else round(depth * (count - 1))
-        chosen[place] = rng.choice(self.digits.of[digit])
+        marked = rng.choice(self.digits.of[digit])
+        if needle:
+            chosen[place] = marked
         frames = self.digits.images[chosen]
         if needle:
             frames[place] = mark(frames[place])

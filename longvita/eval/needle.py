@@ -33,6 +33,7 @@ ANSWER_TOKENS = {"video": 4, "text": 12}
 def evaluate_run(
     run_dir: str | os.PathLike, *, kinds: Sequence[str] = KINDS, lengths: Sequence[int] | None = None,
     depths: Sequence[float] | None = None, questions: int = 200, seed: int = 0, progress: Callable[[str], None] | None = None,
+    each_question: Callable[[], None] | None = None,
 ) -> dict:  # fmt: skip
     """{kind: what `needle_grid` returns} of the newest checkpoint in a run directory.
 
@@ -45,7 +46,7 @@ def evaluate_run(
     return {
         kind: needle_grid(
             model, processor, kind, lengths=lengths, depths=depths, questions=max(1, questions // (len(lengths) * len(depths))), seed=seed,
-            progress=progress,
+            progress=progress, each_question=each_question,
         )
         for kind in kinds
     }  # fmt: skip
@@ -63,11 +64,12 @@ def default_lengths(run_dir: str | os.PathLike) -> list[int]:
 
 def needle_grid(
     model, processor, kind: str, *, lengths: Sequence[int], depths: Sequence[float] = DEPTHS, questions: int | Sequence[int] = 10,
-    seed: int = 0, needle: bool = True, progress: Callable[[str], None] | None = None,
+    seed: int = 0, needle: bool = True, progress: Callable[[str], None] | None = None, each_question: Callable[[], None] | None = None,
 ) -> dict:  # fmt: skip
     """Asks `questions` questions (one number, or one for each length) in every cell of lengths × depths, about fresh held-out material.
 
-    needle=False asks the same questions with the marked frame unmarked and the code left out: the score must then be at chance.
+    needle=False asks the same questions with another, unmarked frame in place of the marked one, and with the code left out: the score must
+    then be at chance. each_question() is called before every question, on this thread.
     Returns {"lengths", "depths", "accuracy" (a row per length), "by_length" (a `share` per length), "questions" (in all), "mean" (the
     share of all questions that are answered rightly)}.
     """
@@ -79,7 +81,7 @@ def needle_grid(
     asked, depths = sorted(zip(lengths, counts, strict=True)), sorted(depths)
     accuracy, by_length, answered = [], [], []
     for length, count in asked:
-        right = _ask(model, processor, kind, length, [depth for depth in depths for _ in range(count)], seed, needle)
+        right = _ask(model, processor, kind, length, [depth for depth in depths for _ in range(count)], seed, needle, each_question)
         accuracy.append(np.reshape(right, (len(depths), count)).mean(axis=1).tolist())
         by_length.append(share(sum(right), len(right)))
         answered += right
@@ -91,12 +93,18 @@ def needle_grid(
     }  # fmt: skip
 
 
-def _ask(model, processor, kind, length, cells, seed, needle) -> list[bool]:
+def _ask(model, processor, kind, length, cells, seed, needle, each_question) -> list[bool]:
     """Which of the questions, one for each depth in `cells`, are answered rightly."""
     rng = np.random.default_rng([seed, KINDS.index(kind), length])
     with tempfile.TemporaryDirectory(prefix="longvita-needle-") as directory:
         asked, prompts = itertools.tee(_questions(processor, kind, length, cells, rng, needle, directory))
-        batches = (processor(question.sample.messages[:-1], max_tokens=length) for question in prompts)
+
+        def prompt(question: haystack.Needle):
+            if each_question is not None:
+                each_question()
+            return processor(question.sample.messages[:-1], max_tokens=length)
+
+        batches = (prompt(question) for question in prompts)
         answers = generate_ids(model, batches, max_new_tokens=ANSWER_TOKENS[kind], tokens_at_once=TOKENS_AT_ONCE)
         return [score(processor.tokenizer.decode(ids), question.answer) for ids, question in zip(answers, asked, strict=True)]
 

@@ -59,7 +59,7 @@ class Trainer:
     progress   "auto" (a bar on a terminal, lines elsewhere), "bar", "lines" or "quiet"
     on_step    called as on_step(step, row) after every step with the row of metrics.jsonl
     data       JSON-ready description of the data, part of the configuration that a resumption must match
-    threads    adapts the number of threads when other programs take cores; ignored on a GPU
+    threads    adapts the number of threads when other programs take cores; ignored on a GPU and with several ranks
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class Trainer:
         self.model, self.loader, self.recipe, self.config = model, loader, recipe, config
         self.run_dir, self.tokenizer, self.progress, self.on_step = Path(run_dir), tokenizer, progress, on_step
         self.device = next(model.parameters()).device
-        self.threads = threads if self.device.type == "cpu" else None
+        # Every rank updates its own copy of the weights: with different numbers of threads the copies would drift apart.
+        self.threads = threads if self.device.type == "cpu" and parallel.world_size() == 1 else None
         self.rows, self._rounding = recipe.rows_per_rank(parallel.world_size())
         if getattr(loader, "world_size", 1) != 1:
             raise ValueError("give every rank a loader of the whole data (rank=0, world_size=1): the trainer deals the rows to the ranks")

@@ -38,7 +38,7 @@ def test_a_row_says_what_its_report_says():
     assert f"| pretrain-seed7 | {where} | 1.000 | 0.970 | 1, 1 | yes | 50 |" in text.splitlines()
 
 
-@pytest.mark.parametrize("what", ["images", "video", "text"])
+@pytest.mark.parametrize("what", ["recall", "images", "video", "text"])
 def test_what_was_not_learned_stands_out(what):
     report = copy.deepcopy(REPORT)
     report["learned"][what] = False

@@ -40,7 +40,7 @@ def test_arguments_reach_the_measurement(longvita, asked, tiny_run, tmp_path):
     assert result.code == 0, result.err
     ((run_dir, options),) = asked
     assert run_dir == tiny_run / "stage4"
-    assert options.pop("progress") is not None
+    assert options.pop("progress") is not None and options.pop("each_question") is not None
     assert options == {"kinds": ("video",), "lengths": [1024, 8192], "depths": [0.0, 1.0], "questions": 12, "seed": 3}
     assert json.loads(out.read_text()) == {"video": RESULT}
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -50,6 +50,7 @@ def test_arguments_reach_the_measurement(longvita, asked, tiny_run, tmp_path):
 def test_defaults_and_quiet(longvita, asked, tiny_run):
     result = longvita("eval", "needle", tiny_run, "--quiet")
     ((_, options),) = asked
+    options.pop("each_question")()
     assert options == {"kinds": ("video", "text"), "lengths": None, "depths": None, "questions": 200, "seed": 0, "progress": None}
     assert result.err == "" and "text needle" in result.out
 

@@ -70,12 +70,24 @@ def test_the_distance_leads_from_the_answer_to_the_name(processor):
     assert in_answer - 1 - induction.asked_distance(processor) == in_question
 
 
-def test_the_matching_head_matches_from_every_distance(model, processor):
-    """What layer 1 compares turns little over the longest context: scores of a match 10 and 8,000 tokens back are nearly alike."""
-    size = model.config.text.head_dim
-    slow = torch.arange(size) % (size // 2) >= size // 4
-    weight = model.model.layers[1].self_attn.k_proj.weight[:size].detach()
-    assert weight[slow].norm() > 5 * weight[~slow].norm()
+@torch.no_grad()
+def test_the_matching_head_matches_from_afar(model, processor):
+    """A repeated token finds the one behind its first copy, 48 as well as 1,000 positions back, before all others."""
+    ids = torch.randperm(len(processor.tokenizer), generator=torch.Generator().manual_seed(1))[:60]
+    ids[-1] = ids[10]  # what the last token looks for lies at 11
+    layer = model.model.layers[0]
+    x_TE = model.model.embed_tokens(ids)
+    for distance in (48, 300, 1000):
+        positions = torch.arange(60.0)
+        positions[20:] += distance - 48
+        mixed = torch.stack([attention_of(model, 0, head, layer.input_layernorm(x_TE), positions) for head in range(4)])
+        value_TE = layer.self_attn.v_proj(layer.input_layernorm(x_TE)).unflatten(1, (-1, model.config.text.head_dim))
+        groups = model.config.text.num_heads // model.config.text.num_kv_heads
+        heads = torch.stack([mixed[head] @ value_TE[:, head // groups] for head in range(4)], dim=1)
+        y_TE = x_TE + layer.self_attn.o_proj(heads.flatten(1))
+        weights = attention_of(model, 1, 0, model.model.layers[1].input_layernorm(y_TE), positions)[-1]
+        others = torch.cat([weights[:11], weights[12:]])
+        assert weights[11] > 2 * others.max(), distance
 
 
 def test_draws_differ_and_repeat(processor):

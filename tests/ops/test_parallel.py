@@ -47,5 +47,5 @@ def test_every_token_is_appended():
 def test_a_team_that_is_smaller_than_asked_for_does_all_the_work():
     environment = {**os.environ, "OMP_THREAD_LIMIT": "2"}
     command, root = [sys.executable, "-c", _SMALLER_TEAM], Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

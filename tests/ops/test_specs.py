@@ -325,6 +325,7 @@ def _run_on(variable, value, selection, seed):
     assert " passed" in done.stdout
 
 
+@pytest.mark.timeout(1800)
 def test_portable_instruction_set_is_accurate(sample_seed):
     _run_on("LONGVITA_ISA", "portable", "forward_and_gradients and native", sample_seed)
 

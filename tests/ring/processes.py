@@ -24,7 +24,7 @@ from longvita_kernels.ring import all_to_all
 from longvita_kernels.ring.attention import _FACTS
 from tests.ring.support import on_one, shards, tensors, with_gradients
 
-WORLD, SIZES, SECONDS, FACTS = 8, (2, 3, 4, 8), 10, len(_FACTS)
+WORLD, SIZES, SECONDS, FACTS = 8, (2, 3, 4, 8), 30, len(_FACTS)
 PATIENCE = datetime.timedelta(seconds=300)  # of every group but one; a new group would not take it from the default one
 SHORT = [(37 * i) % 41 for i in range(150)]  # 0 to 40, several times each
 NAMES = ("out", "lse", "dq", "dk", "dv")

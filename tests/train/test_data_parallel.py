@@ -49,6 +49,14 @@ def test_without_a_group_everything_is_the_identity():
     assert torch.equal(parameter.grad, torch.ones(2))
 
 
+def test_several_ranks_keep_their_number_of_threads(tmp_path, monkeypatch):
+    """Each updates its own copy of the weights, and with other numbers of threads the bits would differ."""
+    for world_size, kept in ((1, True), (2, False)):
+        monkeypatch.setattr(parallel, "world_size", lambda count=world_size: count)
+        trainer = make_trainer(tmp_path / str(world_size), rows=ROWS, threads=object(), **OPTIONS)
+        assert (trainer.threads is not None) == kept
+
+
 @pytest.mark.dist
 def test_two_processes_equal_one(tmp_path):
     processes = [
