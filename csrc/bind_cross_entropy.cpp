@@ -100,13 +100,14 @@ void bind_cross_entropy(py::module_& m) {
         [](int dtype, int64_t tokens, int64_t width, int64_t vocab, int64_t rows, uintptr_t hidden, int64_t hidden_stride, uintptr_t weight,
            int64_t weight_stride, uintptr_t index, uintptr_t labels, float softcap, uintptr_t statistics, int64_t chunk, uintptr_t partial,
            uintptr_t scratch, int threads, const std::string& way, uintptr_t coefficients, uintptr_t row_weight, float smoothing,
-           float z_loss, uintptr_t logits, float factor, uintptr_t grad_hidden, uintptr_t grad_weight) {
+           float z_loss, uintptr_t logits, float factor, bool needs_hidden, uintptr_t grad_hidden, bool needs_weight, uintptr_t grad_weight) {
           check(dtype >= 0 && dtype <= 2, "linear_cross_entropy: dtype must be float32, bfloat16 or float16");
           check(tokens >= 0 && width >= 0 && vocab > 0 && rows >= 0 && chunk > 0, "linear_cross_entropy: a size is negative or zero");
           check(threads > 0, "linear_cross_entropy: needs at least one thread");
           const GradientWay ways = way_of(way);
           const bool keeps = ways == GradientWay::keep, loss = keeps || ways == GradientWay::at_once, recompute = ways == GradientWay::recompute;
-          const bool needs_gradients = keeps || grad_hidden != 0 || grad_weight != 0;
+          // Never the address: an empty gradient has none, whether it is needed or not.
+          const bool needs_gradients = keeps || needs_hidden || needs_weight;
           check(loss || needs_gradients, "linear_cross_entropy: nothing to ", way);
           check(recompute || ways == GradientWay::at_once || chunk >= rows, "linear_cross_entropy: the logits of all rows are kept");
           const int64_t blocks = (vocab + cross_entropy_kernels().block - 1) / cross_entropy_kernels().block;
@@ -130,8 +131,10 @@ void bind_cross_entropy(py::module_& m) {
           p.smoothing = smoothing, p.z_loss = z_loss;
           p.logits = pointer<char>(logits, needs_gradients ? chunk * (recompute ? rows : rows > 0 ? vocab : 0) : 0, "logits");
           p.factor = factor;
-          p.grad_hidden = reinterpret_cast<void*>(grad_hidden);
-          p.grad_weight = reinterpret_cast<void*>(grad_weight);
+          const int64_t grad_rows = ways == GradientWay::finish ? tokens : rows;
+          needs_hidden &= !keeps, needs_weight &= !keeps;      // they wait for finish
+          p.grad_hidden = needs_hidden ? pointer<char>(grad_hidden, grad_rows * width, "the gradient of hidden") : nullptr;
+          p.grad_weight = needs_weight ? pointer<char>(grad_weight, vocab * width, "the gradient of weight") : nullptr;
           py::gil_scoped_release release;
           cross_entropy_kernels().run(p);
         });

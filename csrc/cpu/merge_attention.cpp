@@ -6,18 +6,20 @@
 namespace longvita::LV_ISA {
 namespace {
 
+// Shares of the two parts, whether they saw a key (else they are not read: memory that nobody has written may hold NaN), the merged lse.
 struct Weights {
   float a, b, lse;
+  bool sees_a, sees_b;
 };
 
-// Shares of the two parts, and the merged lse. Both −inf: shares 0, so that the result and every gradient are 0.
+// Both −inf: shares 0, so that the result and every gradient are 0.
 Weights weights(float lse_a, float lse_b) {
   const bool a_larger = lse_a >= lse_b;
   const float larger = a_larger ? lse_a : lse_b, smaller = a_larger ? lse_b : lse_a;
-  if (larger == -kInf) return {0.0f, 0.0f, -kInf};
+  if (larger == -kInf) return {0.0f, 0.0f, -kInf, false, false};
   const float e = std::exp(smaller - larger);
   const float w_large = 1.0f / (1.0f + e), w_small = e / (1.0f + e);
-  return {a_larger ? w_large : w_small, a_larger ? w_small : w_large, larger + std::log1p(e)};
+  return {a_larger ? w_large : w_small, a_larger ? w_small : w_large, larger + std::log1p(e), lse_a != -kInf, lse_b != -kInf};
 }
 
 template <class T>
@@ -35,25 +37,29 @@ void each_row(const MergeArgs& args, int threads, Body body) {
 }
 
 template <class T>
-void forward_rows(const MergeArgs& args, int threads) {
-  each_row<T>(args, threads, [&](int64_t token, int64_t head, Weights w) {
-    const T *a = row<T>(args.out_a, token, head), *b = row<T>(args.out_b, token, head);
-    T* out = row<T>(args.out, token, head);
-    for (int64_t d = 0; d < args.dim; d += W) {
-      const int n = args.dim - d < W ? int(args.dim - d) : W;
-      store_n(out + d, load_n(a + d, n) * w.a + load_n(b + d, n) * w.b, n);
-    }
-    args.lse.at(token, head) = w.lse;
-  });
-}
-
-template <class T>
 void scale_row(T* out, const T* x, float factor, int64_t dim) {
   if (out == nullptr) return;
   for (int64_t d = 0; d < dim; d += W) {
     const int n = dim - d < W ? int(dim - d) : W;
     store_n(out + d, x == nullptr ? vf{} : load_n(x + d, n) * factor, n);
   }
+}
+
+template <class T>
+void forward_rows(const MergeArgs& args, int threads) {
+  each_row<T>(args, threads, [&](int64_t token, int64_t head, Weights w) {
+    const T *a = row<T>(args.out_a, token, head), *b = row<T>(args.out_b, token, head);
+    T* out = row<T>(args.out, token, head);
+    args.lse.at(token, head) = w.lse;
+    if (!w.sees_a || !w.sees_b) {
+      scale_row(out, w.sees_a ? a : w.sees_b ? b : nullptr, w.sees_a ? w.a : w.b, args.dim);
+      return;
+    }
+    for (int64_t d = 0; d < args.dim; d += W) {
+      const int n = args.dim - d < W ? int(args.dim - d) : W;
+      store_n(out + d, load_n(a + d, n) * w.a + load_n(b + d, n) * w.b, n);
+    }
+  });
 }
 
 // With out_a − out = w_b (out_a − out_b): d lse_a = w_a (w_b g·(out_a − out_b) + g_lse),
@@ -63,11 +69,11 @@ void backward_rows(const MergeArgs& args, int threads) {
   const bool lse_needed = args.grad_lse_a.data != nullptr || args.grad_lse_b.data != nullptr;
   each_row<T>(args, threads, [&](int64_t token, int64_t head, Weights w) {
     const T* g = row<T>(args.out, token, head);
-    scale_row(row<T>(args.grad_out_a, token, head), g, w.a, args.dim);
-    scale_row(row<T>(args.grad_out_b, token, head), g, w.b, args.dim);
+    scale_row(row<T>(args.grad_out_a, token, head), w.sees_a ? g : nullptr, w.a, args.dim);
+    scale_row(row<T>(args.grad_out_b, token, head), w.sees_b ? g : nullptr, w.b, args.dim);
     if (!lse_needed) return;
     float dot = 0.0f;
-    if (g != nullptr) {
+    if (g != nullptr && w.sees_a && w.sees_b) {
       const T *a = row<T>(args.out_a, token, head), *b = row<T>(args.out_b, token, head);
       vf sum = {};
       for (int64_t d = 0; d < args.dim; d += W) {
@@ -77,8 +83,8 @@ void backward_rows(const MergeArgs& args, int threads) {
       dot = hsum(sum);
     }
     const float g_lse = args.lse.data != nullptr ? args.lse.at(token, head) : 0.0f;
-    if (args.grad_lse_a.data != nullptr) args.grad_lse_a.at(token, head) = w.a * (g_lse + w.b * dot);
-    if (args.grad_lse_b.data != nullptr) args.grad_lse_b.at(token, head) = w.b * (g_lse - w.a * dot);
+    if (args.grad_lse_a.data != nullptr) args.grad_lse_a.at(token, head) = w.sees_a ? w.a * (g_lse + w.b * dot) : 0.0f;
+    if (args.grad_lse_b.data != nullptr) args.grad_lse_b.at(token, head) = w.sees_b ? w.b * (g_lse - w.a * dot) : 0.0f;
   });
 }
 

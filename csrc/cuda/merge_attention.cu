@@ -27,18 +27,20 @@ __device__ Row my_row(const MergeArgs& args, int share) {
   return mine;
 }
 
+// Shares of the two parts, whether they saw a key (else what stands there is not used: it may be NaN), and the merged lse.
 struct Weights {
   float a, b, lse;
+  bool sees_a, sees_b;
 };
 
-// Shares of the two parts, and the merged lse. Both −inf: shares 0, so that the result and every gradient are 0.
+// Both −inf: shares 0, so that the result and every gradient are 0.
 __device__ Weights weights(float lse_a, float lse_b) {
   const bool a_larger = lse_a >= lse_b;
   const float larger = a_larger ? lse_a : lse_b, smaller = a_larger ? lse_b : lse_a;
-  if (larger == -INFINITY) return {0.0f, 0.0f, -INFINITY};
+  if (larger == -INFINITY) return {0.0f, 0.0f, -INFINITY, false, false};
   const float e = expf(smaller - larger);
   const float of_larger = 1.0f / (1.0f + e), of_smaller = e / (1.0f + e);
-  return {a_larger ? of_larger : of_smaller, a_larger ? of_smaller : of_larger, larger + log1pf(e)};
+  return {a_larger ? of_larger : of_smaller, a_larger ? of_smaller : of_larger, larger + log1pf(e), lse_a != -INFINITY, lse_b != -INFINITY};
 }
 
 template <class T>
@@ -57,18 +59,18 @@ __global__ void __launch_bounds__(kThreads) merge_forward_kernel(const __grid_co
     const Pack<T, kVector> of_a = load<T, kVector>(a + d), of_b = load<T, kVector>(b + d);
     float merged[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) merged[i] = w.a * of_a[i] + w.b * of_b[i];
+    for (int i = 0; i < kVector; ++i) merged[i] = (w.sees_a ? w.a * of_a[i] : 0.0f) + (w.sees_b ? w.b * of_b[i] : 0.0f);
     store<T, kVector>(out + d, merged);
   }
   if (row.lane == 0) args.lse.at(row.token, row.head) = w.lse;
 }
 
 template <class T, int kVector>
-__device__ void store_scaled(const Rows3& to, const Row& row, int64_t d, const float (&grad)[kVector], float weight) {
+__device__ void store_scaled(const Rows3& to, const Row& row, int64_t d, const float (&grad)[kVector], float weight, bool sees) {
   if (to.data == nullptr) return;
   float scaled[kVector];
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) scaled[i] = weight * grad[i];
+  for (int i = 0; i < kVector; ++i) scaled[i] = sees ? weight * grad[i] : 0.0f;
   store<T, kVector>(start<T>(to, row) + d, scaled);
 }
 
@@ -87,21 +89,21 @@ __global__ void __launch_bounds__(kThreads) merge_backward_kernel(const __grid_c
         const Pack<T, kVector> of_grad = load<T, kVector>(start<T>(args.out, row) + d);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) grad[i] = of_grad[i];
-        if (needs_dot) {
+        if (needs_dot && w.sees_a && w.sees_b) {
           const Pack<T, kVector> of_a = load<T, kVector>(start<T>(args.out_a, row) + d), of_b = load<T, kVector>(start<T>(args.out_b, row) + d);
 #pragma unroll
           for (int i = 0; i < kVector; ++i) dot = fmaf(grad[i], of_a[i] - of_b[i], dot);
         }
       }
-      store_scaled<T, kVector>(args.grad_out_a, row, d, grad, w.a);
-      store_scaled<T, kVector>(args.grad_out_b, row, d, grad, w.b);
+      store_scaled<T, kVector>(args.grad_out_a, row, d, grad, w.a, w.sees_a);
+      store_scaled<T, kVector>(args.grad_out_b, row, d, grad, w.b, w.sees_b);
     }
   }
   for (int step = (1 << share) / 2; step > 0; step /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, step);      // lanes outside take part
   if (!row.inside || row.lane != 0) return;
   const float grad_lse = args.lse.data != nullptr ? args.lse.at(row.token, row.head) : 0.0f;
-  if (args.grad_lse_a.data != nullptr) args.grad_lse_a.at(row.token, row.head) = w.a * (grad_lse + w.b * dot);
-  if (args.grad_lse_b.data != nullptr) args.grad_lse_b.at(row.token, row.head) = w.b * (grad_lse - w.a * dot);
+  if (args.grad_lse_a.data != nullptr) args.grad_lse_a.at(row.token, row.head) = w.sees_a ? w.a * (grad_lse + w.b * dot) : 0.0f;
+  if (args.grad_lse_b.data != nullptr) args.grad_lse_b.at(row.token, row.head) = w.sees_b ? w.b * (grad_lse - w.a * dot) : 0.0f;
 }
 
 // Whether every row of x begins at a multiple of 16 bytes (nothing there: true).

@@ -246,7 +246,8 @@ class Trainer:
             supervised += count
             if self.recipe.loss_normalisation == "row":
                 loss_sum, count = loss_sum / count, 1
-            loss_sum.backward()
+            if loss_sum.requires_grad:  # else no part that is trained touches this row: a projector, and a row without an image
+                loss_sum.backward()
             loss += loss_sum.item()
             weight += count
         return loss, weight, supervised, tokens

@@ -96,10 +96,13 @@ def _listener(op, tensors):
     """Who follows a call of `op`: None, "autograd" alone, or (also) the "dispatcher"."""
     if forward_ad._current_level >= 0:
         _refuse_tangents(op, tensors)
-    if (
-        _is_compiling() or _len_torch_dispatch_stack() or _len_torch_function_stack()
-        or _peek_interpreter_stack() is not None or _profiler_enabled() or _is_tracing()
-    ):  # fmt: skip
+    if _is_compiling():
+        return "dispatcher"
+    transform = _peek_interpreter_stack()
+    if transform is not None:
+        _refuse_derivative(op, transform)
+        return "dispatcher"
+    if _len_torch_dispatch_stack() or _len_torch_function_stack() or _profiler_enabled() or _is_tracing():
         return "dispatcher"
     found, gradients = None, torch.is_grad_enabled()
     for tensor in tensors:
@@ -112,10 +115,24 @@ def _listener(op, tensors):
     return found
 
 
+def is_traced(*tensors):
+    """Whether values cannot be looked at, and sizes must not depend on them: torch.compile, fake tensors, tracing."""
+    return _is_compiling() or _len_torch_dispatch_stack() > 0 or any(type(tensor) not in _PLAIN for tensor in tensors if tensor is not None)
+
+
 def _refuse_tangents(op, tensors):
     """torch would drop them in silence."""
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(f"{op} has no forward-mode derivative. Remedy: use reverse mode (backward), or the op's reference()")
+
+
+def _refuse_derivative(op, transform):
+    """torch would speak of an autograd.Function that nobody has written."""
+    if transform.key() in (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp):
+        raise RuntimeError(
+            f"{op} does not work inside torch.func.grad, vjp, jvp or what is made of them. Remedy: backward() or torch.autograd.grad, or "
+            "the op's reference()"
+        )
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -123,6 +140,17 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _len_torch_dispatch_stack, _len_torch_function_stack = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _peek_interpreter_stack, _is_tracing = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
 _profiler_enabled, _is_compiling = torch.autograd._profiler_enabled, torch.compiler.is_compiling
+
+
+def breaks_graph(function):
+    """`function`, which talks to other processes, as a break in the graph of torch.compile. Elsewhere it is a plain call, and the compiler
+    is not imported."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        return torch._dynamo.disable(function)(*args, **kwargs) if _is_compiling() else function(*args, **kwargs)
+
+    return run
 
 
 def dense_like(tensor):
@@ -224,6 +252,18 @@ def autocast_tensors(*tensors):
 # ------------------------------------------------------------------------------------------------------------------------- arguments
 
 
+def check_tensor(name, value, dtype="int32"):
+    """A tensor: lists are common where offsets or row numbers are meant."""
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor. Remedy: torch.tensor({name}, dtype=torch.{dtype})")
+
+
+def as_offsets(name, cu_seqlens):
+    """cu_seqlens as kernels read it: int64, which numpy and torch.cumsum give, becomes int32."""
+    check_tensor(name, cu_seqlens)
+    return cu_seqlens.to(torch.int32) if cu_seqlens.dtype is torch.int64 else cu_seqlens
+
+
 def check_shape(name, tensor, expected, legend):
     """Shape must be `expected` (None = any size there). legend: "(T, H, D)"."""
     shape = tensor.shape
@@ -313,24 +353,39 @@ def check_cu_seqlens(name, cu_seqlens, device):
         raise ValueError(f"{name} is on {cu_seqlens.device}; expected {device}, where the tokens are")
 
 
-def check_attention_options(window_size, softcap, softmax_scale):
-    """(left, right) of at least −1; a finite softcap of at least 0; a finite scale, or None."""
-    if window_size != (-1, -1) and (len(window_size) != 2 or any(not isinstance(w, int) or w < -1 for w in window_size)):
-        raise ValueError(f"window_size is {window_size!r}; expected (left, right), two ints of at least -1, where -1 means no limit")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}; expected a finite number above 0, or 0 for none")
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale is {softmax_scale}; expected a finite number, or None for 1 / sqrt(D)")
-
-
 _NO_LIMIT = 2**31 - 1  # tokens are counted in int32: no key lies so far from a query
+INTEGERS = (int, torch.SymInt)
 
 
-def window_limits(window_size):
-    """(left, right) as kernels take it: a side that hides nothing is −1. Sums with sys.maxsize would overflow there."""
-    if window_size == (-1, -1):
-        return window_size
-    return tuple(-1 if limit >= _NO_LIMIT else limit for limit in window_size)
+def attention_options(window_size, softcap, softmax_scale, dim):
+    """(left, right, softcap, scale) as kernels take them: a side of the window that hides nothing is −1, no softcap is 0.
+
+    None, as configurations write it, means no window, no softcap and a scale of 1 / sqrt(dim). ValueError for what makes no sense.
+    """
+    left = right = -1
+    if window_size is not None and window_size != (-1, -1):
+        if isinstance(window_size, INTEGERS):
+            raise ValueError(
+                f"window_size is {window_size!r}; expected (left, right). A sliding window of w keys, the query's own included, is "
+                "(w - 1, 0)"
+            )
+        if len(window_size) != 2 or any(not isinstance(w, INTEGERS) or w < -1 for w in window_size):
+            raise ValueError(f"window_size is {window_size!r}; expected (left, right), two ints of at least -1, where -1 means no limit")
+        left, right = (-1 if limit >= _NO_LIMIT else limit for limit in window_size)  # sums with sys.maxsize would overflow
+    if softcap is None:
+        softcap = 0.0
+    elif not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; expected a finite number above 0, or 0 or None for none")
+    if softmax_scale is None:
+        return left, right, float(softcap), 1 / math.sqrt(dim)
+    if isinstance(softmax_scale, torch.Tensor) and softmax_scale.requires_grad:
+        raise ValueError(
+            "softmax_scale requires a gradient, and the op has none for it. Remedy: multiply q by it and pass softmax_scale=1.0; or pass "
+            "float(softmax_scale)"
+        )
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale is {softmax_scale}; expected a finite number, or None for 1 / sqrt(D)")
+    return left, right, float(softcap), float(softmax_scale)
 
 
 def checks_values(tensor):

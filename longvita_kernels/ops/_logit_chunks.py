@@ -55,7 +55,7 @@ def logit_bytes(hidden, softcap):
     return native.load().linear_cross_entropy_logit_bytes(native.dtype_code(hidden.dtype), softcap, False)
 
 
-def _run(way, hidden, weight, rows, labels, softcap, chunk, logits, grads, *, statistics=None, coefficients=None, partial=None,
+def _run(way, hidden, weight, rows, labels, softcap, chunk, logits, grads, needs, *, statistics=None, coefficients=None, partial=None,
          row_weight=None, smoothing=0.0, z_loss=0.0, factor=1.0):  # fmt: skip
     def at(tensor):
         return 0 if tensor is None else tensor.data_ptr()
@@ -64,7 +64,8 @@ def _run(way, hidden, weight, rows, labels, softcap, chunk, logits, grads, *, st
     native.load().linear_cross_entropy_run(
         native.dtype_code(hidden.dtype), *hidden.shape, weight.shape[0], rows.shape[0], at(hidden), hidden.stride(0), at(weight),
         weight.stride(0), at(rows), at(labels), softcap, at(statistics), chunk, at(partial), at(scratch), torch.get_num_threads(), way,
-        at(coefficients), at(row_weight), smoothing, z_loss, at(logits), factor, at(grads[0]), at(grads[1]),
+        at(coefficients), at(row_weight), smoothing, z_loss, at(logits), factor, needs[0], at(grads[0]), needs[1],
+        at(grads[1]),
     )  # fmt: skip
     _gemm.give_back(scratch)
 
@@ -81,7 +82,7 @@ def run_native(hidden, weight, rows, labels, softcap, statistics, *, needs=(Fals
         torch.empty(n, hidden.shape[1], dtype=torch.float32) if need else _common.absent(hidden)
         for n, need in zip((size, vocab), needs, strict=True)]  # fmt: skip
     _run(
-        "keep" if keep else "at_once", hidden, weight, rows, labels, softcap, chunk, logits, grads, statistics=statistics,
+        "keep" if keep else "at_once", hidden, weight, rows, labels, softcap, chunk, logits, grads, needs, statistics=statistics,
         coefficients=torch.empty(3, size if any(needs) else 0, dtype=torch.float32),
         partial=torch.empty(3, -(-vocab // native.load().linear_cross_entropy_block()), chunk, dtype=torch.float32),
         row_weight=row_weight, smoothing=smoothing, z_loss=z_loss,
@@ -98,7 +99,7 @@ def finish(hidden, weight, rows, kept_RV, factor, needs):
     grads = [torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else _common.absent(weight)]
     grads.insert(0, torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else _common.absent(hidden))
     softcap = 1.0 if kept_RV.dtype == torch.float32 else 0.0  # any softcap tells the kernel that they are float32 (keeps_bf16)
-    _run("finish", hidden, weight, rows, rows, softcap, max(1, rows.shape[0]), kept_RV, grads, factor=float(factor))
+    _run("finish", hidden, weight, rows, rows, softcap, max(1, rows.shape[0]), kept_RV, grads, needs, factor=float(factor))
     return tuple(grads)
 
 
@@ -109,7 +110,8 @@ def run_again(hidden, weight, rows, labels, softcap, statistics, coefficients, n
     logits = torch.empty(rows.shape[0], chunk, dtype=kept_dtype(bytes_each))
     grads = [torch.empty(n, hidden.shape[1], dtype=dtype) if need else _common.absent(hidden)
              for n, dtype, need in zip((rows.shape[0], weight.shape[0]), (torch.float32, weight.dtype), needs, strict=True)]  # fmt: skip
-    _run("recompute", hidden, weight, rows, labels, softcap, chunk, logits, grads, statistics=statistics, coefficients=coefficients)
+    options = {"statistics": statistics, "coefficients": coefficients}
+    _run("recompute", hidden, weight, rows, labels, softcap, chunk, logits, grads, needs, **options)
     return grads
 
 

@@ -40,7 +40,7 @@ def _gradient(exponentials_RV, slope_RV, labels_R, exp_sum_R, coefficients, dtyp
     of_lse_R, of_target_R, of_sum_R = coefficients
     label_R1, here_R = _labels(labels_R, exponentials_RV.shape[1])
     found = torch.addcmul(of_sum_R.unsqueeze(1), exponentials_RV, (of_lse_R / exp_sum_R).unsqueeze(1), out=exponentials_RV)
-    found.scatter_add_(1, label_R1, (of_target_R * here_R).unsqueeze(1))
+    found.scatter_add_(1, label_R1, torch.where(here_R, of_target_R, 0.0).unsqueeze(1))
     return (found if slope_RV is None else found.mul_(slope_RV)).to(dtype)
 
 
@@ -57,7 +57,7 @@ def visit(hidden, weight, rows, labels, softcap, *, needs=(False, False), row_we
         part = slice(first, last)
         logits, slope = _logits(x_RH[part], weight, softcap)
         label, here = _labels(labels[part], vocab)
-        target, total, largest = logits.gather(1, label).squeeze(1) * here, logits.sum(1), logits.amax(1)
+        target, total, largest = torch.where(here, logits.gather(1, label).squeeze(1), 0.0), logits.sum(1), logits.amax(1)
         exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
         exp_sum = exponentials.sum(1)
         lse = largest + exp_sum.log()

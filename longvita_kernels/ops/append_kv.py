@@ -28,6 +28,7 @@ def append_kv(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, *, block_tabl
     k_scale, v_scale  float32, the cache's shape without D; required with an 8-bit cache, forbidden with another
     Returns None. No gradient flows through the cache. Raises ValueError for arguments that do not fit each other or the cache.
     """
+    cu_seqlens_q, cache_seqlens = _common.as_offsets("cu_seqlens_q", cu_seqlens_q), _common.as_offsets("cache_seqlens", cache_seqlens)
     if k.dim() != 3 or v.shape != k.shape or not _common.common_case(k, v):
         _common.check_shape("k", k, (None, None, None), "(T, Hkv, D)")
         _common.check_float("k", k)
@@ -36,10 +37,21 @@ def append_kv(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, *, block_tabl
         _common.check_last_stride("k", k)
         _common.check_last_stride("v", v)
     _cache.check_cache(("k", k), k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
+        _check_writable(name, cache)
     if k_cache.shape[2] != k.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads but k_cache has {k_cache.shape[2]}; they must agree")
     tensors = (_common.plain(k), _common.plain(v), k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
     _common.call(_append, _append_impl, tensors)
+
+
+def _check_writable(name, cache):
+    if cache is None:
+        return
+    if cache.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, but it is written in place and takes none. Remedy: {name}.detach()")
+    if not cache.is_contiguous() and any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
+        raise ValueError(f"{name} is expanded: several of its elements are the same memory. Remedy: {name}.contiguous()")
 
 
 def write_reference(k, v, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table=None, k_scale=None, v_scale=None):

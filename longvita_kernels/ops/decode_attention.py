@@ -96,6 +96,7 @@ def decode_attention(
     Raises ValueError for arguments that do not fit each other or the cache, RuntimeError when a gradient is asked of it.
     """
     (q,) = _common.autocast_tensors(q)
+    cu_seqlens_q, cache_seqlens = _common.as_offsets("cu_seqlens_q", cu_seqlens_q), _common.as_offsets("cache_seqlens", cache_seqlens)
     if q.dim() != 3 or not _common.common_case(q):
         _common.check_shape("q", q, (None, None, None), "(T, Hq, D)")
         _common.check_float("q", q)
@@ -106,13 +107,11 @@ def decode_attention(
     kv_heads = k_cache.shape[2]
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q has {heads} heads, k_cache {kv_heads}; expected a multiple (grouped-query attention)")
-    _common.check_attention_options(window_size, softcap, softmax_scale)
-    left, right = _common.window_limits(window_size)
-    scale = dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    left, right, softcap, scale = _common.attention_options(window_size, softcap, softmax_scale, dim)
     tensors = (q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, k_scale, v_scale)
     if not return_lse and _common.is_direct(_decode, tensors):
-        return _decode_impl(*tensors, causal, left, right, float(softcap), scale, only_out=True)
-    out, lse = _common.call(_decode, _decode_impl, tensors, causal, left, right, float(softcap), scale)
+        return _decode_impl(*tensors, causal, left, right, softcap, scale, only_out=True)
+    out, lse = _common.call(_decode, _decode_impl, tensors, causal, left, right, softcap, scale)
     return (out, lse) if return_lse else out
 
 
@@ -182,7 +181,7 @@ def _decode_fake(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, block_table, 
 _decode = _common.define_op(
     "decode_attention",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor cache_seqlens, Tensor? block_table, Tensor? k_scale, "
-    "Tensor? v_scale, bool causal, int left, int right, float softcap, float scale) -> (Tensor, Tensor)",
+    "Tensor? v_scale, bool causal, SymInt left, SymInt right, float softcap, float scale) -> (Tensor, Tensor)",
     _decode_impl, _decode_fake,
     no_gradient_message="decode_attention is forward only: it has no gradient. Remedy: call it under torch.no_grad() or "
     "torch.inference_mode(), and varlen_attention for training",

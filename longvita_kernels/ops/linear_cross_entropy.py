@@ -57,7 +57,7 @@ def _statistics(logits_RV, labels_R, softcap):
     if softcap > 0.0:
         logits_RV = softcap * torch.tanh(logits_RV / softcap)
     here_R = (labels_R >= 0) & (labels_R < logits_RV.shape[1])
-    target_R = logits_RV.gather(1, torch.where(here_R, labels_R, 0).unsqueeze(1)).squeeze(1) * here_R
+    target_R = torch.where(here_R, logits_RV.gather(1, torch.where(here_R, labels_R, 0).unsqueeze(1)).squeeze(1), 0.0)
     largest_R = logits_RV.detach().amax(1)
     exp_sum_R = (logits_RV.detach() - largest_R.unsqueeze(1)).exp().sum(1)
     return torch.stack((logits_RV.logsumexp(1), target_R, logits_RV.sum(1), largest_R, exp_sum_R))
@@ -75,10 +75,15 @@ def _finish(statistics, rows, labels, vocab_size, ignore_index, reduction, loss_
     """Loss and stats from the statistics of `rows` (R,)."""
     loss = _row_loss(statistics, vocab_size, z_loss, label_smoothing)
     supervised = labels[rows] != ignore_index
-    weight = supervised.to(loss.dtype) if loss_weight is None else loss_weight.detach()[rows].to(loss.dtype) * supervised
+    weight = supervised.to(loss.dtype) if loss_weight is None else _masked(loss_weight.detach()[rows].to(loss.dtype), supervised)
     loss = torch.where(supervised, loss, 0.0) * weight  # a row that was not computed may hold anything
     loss = loss.new_zeros(labels.shape[0]).index_copy(0, rows, loss) if reduction == "none" else loss.sum()
     return _with_stats(loss / _divisor(weight) if reduction == "mean" else loss, statistics, supervised, return_stats)
+
+
+def _masked(loss_weight, supervised):
+    """Weights of the supervised rows, 0 elsewhere whatever stands there (NaN · 0 would be NaN)."""
+    return torch.where(supervised, loss_weight, 0.0)
 
 
 def _divisor(weight):
@@ -102,8 +107,9 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
     hidden (T, H), weight (V, H)  float32, bfloat16 or float16, alike; last dimension dense, rows may be strided; both take gradients
     labels (T,) int64             already shifted: labels[t] is what hidden[t] predicts; rows with ignore_index cost nothing
     reduction                     "sum"; "mean", divided by Σ loss_weight (without it: the number) of supervised rows; or "none", (T,)
-    loss_weight (T,)              factor of each row's loss; takes no gradient
-    softcap, z_loss, label_smoothing   as in the equation of this module; 0 turns each off
+    loss_weight (T,)              factor of each row's loss; takes no gradient; any sign, but for a mean at least 0. What stands at rows
+                                  that are not supervised does not matter
+    softcap, z_loss, label_smoothing   as in the equation of this module; 0 or None turns each off
     return_stats                  → (loss, LossStats)
     vocab_start, vocab_group      tensor-parallel head: weight holds rows vocab_start … vocab_start+V−1 of the whole, labels stay global;
                                   every process of the torch.distributed group makes the call, and gets the whole gradient of hidden
@@ -119,7 +125,10 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
     Raises ValueError for arguments that do not fit and, on the CPU, for a label outside 0 … V−1 that is not ignore_index.
     """
     hidden, weight = _common.autocast_tensors(hidden, weight)
-    _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, label_smoothing, vocab_start, vocab_group)
+    # Configurations write None for what is off.
+    ignore_index = -100 if ignore_index is None else ignore_index
+    softcap, z_loss, label_smoothing = (0.0 if value is None else value for value in (softcap, z_loss, label_smoothing))
+    _check(hidden, weight, labels, ignore_index, reduction, loss_weight, softcap, z_loss, label_smoothing, vocab_start, vocab_group)
     if loss_weight is not None:
         loss_weight = loss_weight.detach().to(_common.compute_dtype(hidden))
     if (
@@ -146,22 +155,33 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction
     return _finish(statistics, everything, labels, vocab_size, ignore_index, reduction, loss_weight, z_loss, label_smoothing, return_stats)
 
 
+def _check_mean_weights(loss_weight, labels, ignore_index):
+    """A mean divides by their sum, which means nothing where they cancel."""
+    bad = (loss_weight.detach() < 0) & (labels != ignore_index)
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"loss_weight[{at}] is {float(loss_weight[at])}; expected weights of at least 0 with reduction='mean', which divides by their "
+            "sum. Remedy: reduction='sum', divided by what you mean (the number of tokens, say)"
+        )
+
+
 def _summed(hidden, weight, labels, needs, ignore_index, reduction, loss_weight, softcap, z_loss, label_smoothing, return_stats):
     """Loss with both gradients from one visit of every chunk."""
-    compiling = torch.compiler.is_compiling()
-    backend = None if compiling else backends.choose("linear_cross_entropy", hidden)
-    if not compiling and (hidden.is_cpu or backend == "torch"):
+    traced = _common.is_traced(hidden, weight, labels, loss_weight)
+    backend = None if traced else backends.choose("linear_cross_entropy", hidden)
+    if not traced and (hidden.is_cpu or backend == "torch"):
         rows = (labels != ignore_index).nonzero().squeeze(1)  # so that what waits for backward has R rows, not T
     else:
         rows = torch.arange(labels.shape[0], device=labels.device)
-    keep = _kept_bytes(hidden, rows.shape[0], softcap, backend) if needs[1] and not compiling else 0
+    keep = _kept_bytes(hidden, rows.shape[0], softcap, backend) if needs[1] and not traced else 0
     picked = labels[rows]
     picked_weight = None if loss_weight is None else loss_weight[rows]
     tensors = (hidden, weight, rows, picked, picked_weight)
     loss, statistics, _, _ = _common.call(_loss, _loss_impl, tensors, ignore_index, softcap, z_loss, label_smoothing, needs, keep)
     supervised = picked != ignore_index
     if reduction == "mean":
-        loss = loss / _divisor(supervised.to(loss.dtype) if loss_weight is None else picked_weight * supervised)
+        loss = loss / _divisor(supervised.to(loss.dtype) if loss_weight is None else _masked(picked_weight, supervised))
     return _with_stats(loss, statistics, supervised, return_stats)
 
 
@@ -174,7 +194,8 @@ def _kept_bytes(hidden, rows, softcap, backend):
     return size if rows * size <= 4 * hidden.shape[1] else 0
 
 
-def _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, label_smoothing, vocab_start, vocab_group):
+def _check(hidden, weight, labels, ignore_index, reduction, loss_weight, softcap, z_loss, label_smoothing, vocab_start, vocab_group):
+    _common.check_tensor("labels", labels, "int64")
     shape, weight_shape = hidden.shape, weight.shape
     if not (  # else what follows would find nothing
         _common.common_case(hidden, weight) and labels.dtype is torch.int64 and labels.is_cpu and len(shape) == 2
@@ -191,12 +212,16 @@ def _check(hidden, weight, labels, reduction, loss_weight, softcap, z_loss, labe
         _common.check_device("labels", labels, "hidden", hidden)
     if weight_shape[0] == 0:
         raise ValueError("weight has 0 rows; expected (V, H) with V at least 1: the loss of an empty vocabulary has no meaning")
+    if not isinstance(ignore_index, _common.INTEGERS):
+        raise ValueError(f"ignore_index is {ignore_index!r}; expected an int, or None for -100")
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'sum', 'mean' or 'none'")
     if loss_weight is not None:
         _common.check_shape("loss_weight", loss_weight, (hidden.shape[0],), "(T,)")
         _common.check_float("loss_weight", loss_weight)
         _common.check_device("loss_weight", loss_weight, "hidden", hidden)
+        if reduction == "mean" and not _common.is_traced(loss_weight, labels) and _common.checks_values(loss_weight):
+            _check_mean_weights(loss_weight, labels, ignore_index)
     if not 0.0 <= softcap < math.inf or not 0.0 <= z_loss < math.inf or not 0.0 <= label_smoothing < 1.0:
         raise ValueError(
             f"softcap is {softcap}, z_loss {z_loss}, label_smoothing {label_smoothing}; expected softcap ≥ 0, z_loss ≥ 0, both finite, and "
@@ -224,7 +249,7 @@ def _loss_impl(hidden, weight, rows, labels, loss_weight, ignore_index, softcap,
         )  # fmt: skip
         supervised = labels != ignore_index
         row_loss = torch.where(supervised, _row_loss(statistics, weight.shape[0], z_loss, label_smoothing), 0.0)
-        loss.copy_((row_loss if loss_weight is None else row_loss * (loss_weight * supervised)).sum())
+        loss.copy_((row_loss if loss_weight is None else row_loss * _masked(loss_weight, supervised)).sum())
         return loss, statistics, grad_rows, grad_weight
     kept = (labels != ignore_index).nonzero().squeeze(1)
     picked, labels = rows[kept], labels[kept]
@@ -422,12 +447,12 @@ _loss = _common.define_op(
 )  # fmt: skip
 _rows_grad = _common.define_op(
     "linear_cross_entropy_rows_backward",
-    f"(Tensor grad, {_INPUTS}, Tensor labels, Tensor statistics, {_OPTIONS}, int vocab_start, bool[2] needs) -> (Tensor, Tensor)",
+    f"(Tensor grad, {_INPUTS}, Tensor labels, Tensor statistics, {_OPTIONS}, SymInt vocab_start, bool[2] needs) -> (Tensor, Tensor)",
     _rows_grad_impl, _rows_grad_fake,
 )  # fmt: skip
 _rows = _common.define_op(
     "linear_cross_entropy_rows",
-    f"({_INPUTS}, Tensor labels, {_OPTIONS}, int vocab_start, int vocab_size) -> Tensor",
+    f"({_INPUTS}, Tensor labels, {_OPTIONS}, SymInt vocab_start, SymInt vocab_size) -> Tensor",
     _rows_impl, _rows_fake, backward=_rows_backward, setup_context=_rows_setup_context,
 )  # fmt: skip
 
@@ -460,7 +485,10 @@ def _samples(dtype, device, seed):
     yield make("few rows, softcap", 9, 48, 71, softcap=4.0)
     yield make("a vocabulary of one", 13, 16, 1, z_loss=0.1, reduction="none")
     yield make("nothing supervised", 11, 16, 37, supervised=0.0, reduction="mean")
+    yield make("nothing supervised, each row", 11, 16, 37, supervised=0.0, reduction="none")
+    yield make("nothing supervised, logits made again", 11, 16, 37, supervised=0.0, low_memory=True)
     yield make("no rows", 0, 16, 37)
+    yield make("no rows, each row", 0, 16, 37, reduction="none")
 
 
 def _supervised(sample):

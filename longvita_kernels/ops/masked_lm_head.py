@@ -49,6 +49,7 @@ def masked_lm_head(hidden, weight, rows):
     _common.check_like("weight", weight, "hidden", hidden)
     _common.check_last_stride("hidden", hidden)
     _common.check_last_stride("weight", weight)
+    _common.check_tensor("rows", rows, "int64")
     _common.check_dtype("rows", rows, (torch.int64, torch.bool))
     _common.check_device("rows", rows, "hidden", hidden)
     if rows.dtype == torch.bool:

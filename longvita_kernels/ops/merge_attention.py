@@ -4,7 +4,8 @@
     out = exp(lse_a − lse) · out_a + exp(lse_b − lse) · out_b
 
 (H, T): lse. (T, H, D): out. T tokens, H query heads, D head dimension. A row that saw nothing has lse = −inf and weight 0; where both saw
-nothing the result is out = 0, lse = −inf and all gradients are 0. With weights w_a, w_b and incoming gradients g (of out), g_lse:
+nothing the result is out = 0, lse = −inf and all gradients are 0. The out of a row that saw nothing is not read. With weights w_a, w_b and
+incoming gradients g (of out), g_lse:
 
     d out_a = w_a · g        d lse_a = w_a · (g · (out_a − out) + g_lse)        and the same for b
 
@@ -30,6 +31,9 @@ def base(out_a, lse_a, out_b, lse_b):
 
 
 def _compose(out_a_THD, lse_a_HT, out_b_THD, lse_b_HT, out_dtype, lse_dtype):
+    out_a_THD, out_b_THD = (
+        out.masked_fill((lse == float("-inf")).T.unsqueeze(-1), 0.0) for out, lse in ((out_a_THD, lse_a_HT), (out_b_THD, lse_b_HT))
+    )
     nothing_HT = torch.maximum(lse_a_HT, lse_b_HT) == float("-inf")
     # logaddexp of two −inf has a NaN gradient, so those rows compute with 0 and are masked at the end
     a_HT, b_HT = lse_a_HT.masked_fill(nothing_HT, 0.0), lse_b_HT.masked_fill(nothing_HT, 0.0)
@@ -78,30 +82,39 @@ def _on_gpu(backend):
 
 
 def _torch_weights(lse_a, lse_b):
-    """lse and both weights (T, H, 1)."""
+    """lse, both weights (T, H, 1), and where each part saw nothing."""
     ahead = lse_a - lse_b  # NaN where both saw nothing
-    return torch.logaddexp(lse_a, lse_b), *(x.sigmoid().nan_to_num(0.0).T.unsqueeze(-1) for x in (ahead, -ahead))
+    blind = [(x == -torch.inf).T.unsqueeze(-1) for x in (lse_a, lse_b)]
+    return torch.logaddexp(lse_a, lse_b), [x.sigmoid().nan_to_num(0.0).T.unsqueeze(-1) for x in (ahead, -ahead)], blind
 
 
 def _torch_forward(out_a, lse_a, out_b, lse_b):
-    """Two passes over what is large; torch widens 16 bits inside the kernels."""
-    lse, weight_a, weight_b = _torch_weights(lse_a, lse_b)
-    return torch.addcmul(weight_a * out_a, weight_b, out_b.to(lse.dtype)).to(out_a.dtype), lse
+    """A few passes over what is large; torch widens 16 bits inside the kernels."""
+    lse, weights, blind = _torch_weights(lse_a, lse_b)
+    a, b = ((weight * out).masked_fill_(nothing, 0.0) for weight, out, nothing in zip(weights, (out_a, out_b), blind, strict=True))
+    return a.add_(b).to(out_a.dtype), lse
 
 
 def _torch_backward(grad_out, grad_lse, out_a, lse_a, out_b, lse_b, needs):
     """The equations of this module: nothing is differentiated, nothing saved."""
-    lse, *weights = _torch_weights(lse_a, lse_b)
+    lse, weights, blind = _torch_weights(lse_a, lse_b)
     grad_out = torch.zeros_like(out_a) if grad_out is None else grad_out
     shares = [
-        (weight * grad_out).to(out_a.dtype) if need else _common.absent(out_a) for weight, need in zip(weights, needs[::2], strict=True)
+        (weight * grad_out).masked_fill_(nothing, 0.0).to(out_a.dtype) if need else _common.absent(out_a)
+        for weight, nothing, need in zip(weights, blind, needs[::2], strict=True)
     ]
     if not needs[1] and not needs[3]:
         return shares[0], _common.absent(lse), shares[1], _common.absent(lse)
-    dots = [(grad_out.to(lse.dtype) * out).sum(-1, keepdim=True) for out in (out_a, out_b)]
+    dots = [
+        (grad_out.to(lse.dtype) * out).sum(-1, keepdim=True).masked_fill_(nothing, 0.0)
+        for out, nothing in zip((out_a, out_b), blind, strict=True)
+    ]
     both = weights[0] * dots[0] + weights[1] * dots[1]
     from_lse = 0.0 if grad_lse is None else grad_lse.T.unsqueeze(-1)
-    of_lse = [(weight * (dot - both + from_lse)).squeeze(-1).T for weight, dot in zip(weights, dots, strict=True)]
+    of_lse = [
+        (weight * (dot - both + from_lse)).masked_fill_(nothing, 0.0).squeeze(-1).T
+        for weight, dot, nothing in zip(weights, dots, blind, strict=True)
+    ]
     return shares[0], of_lse[0] if needs[1] else _common.absent(lse), shares[1], of_lse[1] if needs[3] else _common.absent(lse)
 
 

@@ -10,6 +10,8 @@ the first matmul reads the runs where they stand and normalises them on the way,
 Source: InternVL's pixel shuffle (arXiv 2404.16821) as in Long-VITA (arXiv 2502.05177), whose two linear layers have no biases.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -54,6 +56,9 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
     Raises ValueError for shapes, dtypes, devices or strides that do not fit.
     """
     x, w1, b1, w2, b2 = _common.autocast_tensors(x, w1, b1, w2, b2)
+    eps = 1e-5 if eps is None else eps
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}; expected a finite number of at least 0, or None for 1e-5")
     _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token)
     tensors = (x, ln_weight, ln_bias, w1, b1, w2, b2)
     if _common.is_direct(_project, tensors):  # no gradient follows
@@ -63,8 +68,8 @@ def pixel_shuffle_projection(x, ln_weight, ln_bias, w1, w2, *, b1=None, b2=None,
 
 
 def _check(x, ln_weight, ln_bias, w1, b1, w2, b2, grid, class_token):
-    if len(grid) != 2 or grid[0] <= 0 or grid[0] % 2 or grid[1] <= 0 or grid[1] % 2:
-        raise ValueError(f"grid is {tuple(grid)}; expected (rows, cols) of patches, both even and positive: 2 × 2 of them make a token")
+    if len(grid) != 2 or any(not isinstance(size, _common.INTEGERS) or size <= 0 or size % 2 for size in grid):
+        raise ValueError(f"grid is {tuple(grid)}; expected (rows, cols) of patches, two even ints above 0: 2 × 2 of them make a token")
     shape, w1_shape, w2_shape = x.shape, w1.shape, w2.shape
     length, width, hidden = grid[0] * grid[1] + int(class_token), 4 * shape[-1], w1_shape[0]
     if (  # what follows would find nothing; in one call instead of a dozen
@@ -243,13 +248,13 @@ def _backward(ctx, grad, *unused):
 _INPUTS = "Tensor x, Tensor ln_weight, Tensor ln_bias, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
 _project_backward = _common.define_op(
     "pixel_shuffle_projection_backward",
-    f"(Tensor grad, {_INPUTS}, Tensor z, Tensor stats, int[] grid, bool class_token, float eps, bool[7] needs) "
+    f"(Tensor grad, {_INPUTS}, Tensor z, Tensor stats, SymInt[] grid, bool class_token, float eps, bool[7] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_impl, _backward_fake,
 )  # fmt: skip
 _project = _common.define_op(
     "pixel_shuffle_projection",
-    f"({_INPUTS}, int[] grid, bool class_token, float eps, bool save) -> (Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, SymInt[] grid, bool class_token, float eps, bool save) -> (Tensor, Tensor, Tensor)",
     _forward_impl, _forward_fake, backward=_backward, setup_context=_setup_context,
 )  # fmt: skip
 

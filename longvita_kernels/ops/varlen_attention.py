@@ -89,11 +89,11 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *, max_seqlen_q=N
 
     q (Tq, Hq, D), k, v (Tk, Hkv, D)   float32, bfloat16 or float16 (float64 runs on the reference); Hq % Hkv == 0; D a multiple of 8 up to
                      256; last dimension dense, other strides free (views of one qkv tensor are fine)
-    cu_seqlens_q     int32 (n_docs + 1,): document n has queries cu[n]:cu[n+1]. cu_seqlens_k likewise for keys; None: the same documents
+    cu_seqlens_q     int32 or int64 (n_docs + 1,): document n has queries cu[n]:cu[n+1]. cu_seqlens_k likewise for keys; None: the same
     max_seqlen_q, max_seqlen_k   length of the longest document; only GPU kernels need it, given values must not be too small
     causal           query i sees keys up to i + Lk − Lq (the last query sees the last key)
-    softmax_scale    default 1 / sqrt(D). softcap c > 0 replaces the scores s by c·tanh(s / c)
-    window_size      (left, right): keys further than that from the query's position are hidden; −1: no limit
+    softmax_scale    a number, without gradient; default 1 / sqrt(D). softcap c > 0 replaces the scores s by c·tanh(s / c); 0, None: none
+    window_size      (left, right): keys further than that from the query's position are hidden; −1: no limit. None: (−1, −1)
     deterministic    None follows torch.are_deterministic_algorithms_enabled(); the CPU kernels always are, for any thread count
     → out (Tq, Hq, D) in q's dtype; with return_lse also lse (Hq, Tq), float32, natural logarithm, differentiable.
     A query that sees no key gets out 0 and lse −inf. Autocast casts q, k and v as it does for SDPA.
@@ -105,17 +105,19 @@ def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *, max_seqlen_q=N
     ValueError for shapes, dtypes, devices, strides or (on CPU, or with LONGVITA_CHECK=1) offsets that do not fit.
     """
     q, k, v = _common.autocast_tensors(q, k, v)
+    cu_seqlens_q = _common.as_offsets("cu_seqlens_q", cu_seqlens_q)
     if cu_seqlens_k is None:
         if k.shape[:1] != q.shape[:1]:
             raise ValueError(f"q has {q.shape[0]} tokens but k has {k.shape[0]}; give cu_seqlens_k, the documents' offsets in k and v")
         cu_seqlens_k = cu_seqlens_q
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window_size, softcap, softmax_scale)
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
-    left, right = _common.window_limits(window_size)
+    else:
+        cu_seqlens_k = _common.as_offsets("cu_seqlens_k", cu_seqlens_k)
+    left, right, softcap, scale = _common.attention_options(window_size, softcap, softmax_scale, q.shape[-1])
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
     longest = (-1 if max_seqlen_q is None else max_seqlen_q, -1 if max_seqlen_k is None else max_seqlen_k)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    settings = (scale, left, 0 if causal else right, float(softcap), bool(deterministic))
+    settings = (scale, left, 0 if causal else right, softcap, bool(deterministic))
     if not return_lse and _common.is_direct(_varlen, tensors):
         return _forward_impl(*tensors, *longest, *settings, only_out=True)
     out, lse, _ = _common.call(_varlen, _forward_impl, tensors, *longest, *settings)
@@ -132,8 +134,7 @@ def _fits(q, k, v, cu_q, cu_k):
     )  # fmt: skip
 
 
-def _check(q, k, v, cu_q, cu_k, window_size, softcap, softmax_scale):
-    _common.check_attention_options(window_size, softcap, softmax_scale)
+def _check(q, k, v, cu_q, cu_k):
     if _fits(q, k, v, cu_q, cu_k):
         return
     _common.check_shape("q", q, (None, None, None), "(Tq, Hq, D)")
@@ -324,7 +325,7 @@ def _backward(ctx, grad_out, grad_lse, _):
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 
-_SETTINGS = "int max_seqlen_q, int max_seqlen_k, float scale, int left, int right, float softcap, bool deterministic"
+_SETTINGS = "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, SymInt left, SymInt right, float softcap, bool deterministic"
 _varlen_backward = _common.define_op(
     "varlen_attention_backward",
     "(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lse_rest, Tensor cu_seqlens_q, "

@@ -29,6 +29,7 @@ AGREEING = "ring_attention, comparing arguments"  # the step in which nothing of
 LAG = 4  # ticks that a rank computes on while gradients have not left, or have not come back: so many steps' may wait in memory
 
 
+@_common.breaks_graph
 def ring_attention(q, k, v, plan, *, group=None, softmax_scale=None, return_lse=False, mode="auto", cost=None):
     """`varlen_attention` over the plan's documents, each rank holding its own tokens. Every rank of the group must call it, and backward.
 
@@ -68,7 +69,7 @@ def _problem(q, k, v, plan, group, softmax_scale, mode):
         plan.check_group(group)
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
-        _common.check_attention_options((-1, -1), 0.0, softmax_scale)
+        _common.attention_options(None, None, softmax_scale, 1)
         _common.check_shape("q", q, (int(plan.tokens[group.rank]), None, None), "(T, Hq, D), T the tokens that the plan gives this rank")
         _common.check_float("q", q)
         _common.check_head_dim("q", q.shape[2])

@@ -46,8 +46,8 @@ def plan_context_parallel(cu_seqlens, world_size, *, causal=True, window_size=(-
     per_node = world_size if ranks_per_node is None else ranks_per_node
     if not isinstance(per_node, int) or per_node < 1 or world_size % per_node:
         raise ValueError(f"ranks_per_node is {per_node!r}; expected a divisor of world_size = {world_size}, or None")
-    _common.check_attention_options(window_size, 0.0, None)
-    documents = layouts.Documents(offsets, window_size[0], 0 if causal else window_size[1])
+    left, right, *_ = _common.attention_options(window_size, None, None, 1)
+    documents = layouts.Documents(offsets, left, 0 if causal else right)
     if layout == "balanced":
         slices = layouts.balanced(documents, world_size, per_node)
     else:
@@ -149,6 +149,7 @@ class ContextParallelPlan:
         parts = [x.narrow(dim, a, b - a) for a, b in self.slices[self._checked(rank)].tolist()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
+    @_common.breaks_graph
     def unshard(self, local, group=None):
         """All tokens, in packed order, from every rank's `local` (tokens first). Every rank of the group must call it and gets the result.
 

@@ -16,7 +16,7 @@ _COUNTS = ("rows",)
 
 @triton.jit
 def _weights(lse_a_ptr, a_head, a_token, lse_b_ptr, b_head, b_token, head, token, inside):
-    """(w_a, w_b, lse): the partial results' shares; 0, 0, −inf where both saw nothing."""
+    """(w_a, w_b, lse, a saw something, b did): the partial results' shares; 0, 0, −inf where both saw nothing."""
     a = tl.load(lse_a_ptr + head * a_head + token * a_token, mask=inside, other=float("-inf"))
     b = tl.load(lse_b_ptr + head * b_head + token * b_token, mask=inside, other=float("-inf"))
     peak = tl.maximum(a, b)
@@ -24,7 +24,8 @@ def _weights(lse_a_ptr, a_head, a_token, lse_b_ptr, b_head, b_token, head, token
     base = tl.where(nothing, 0.0, peak)
     of_a, of_b = tl.exp(a - base), tl.exp(b - base)
     total = tl.where(nothing, 1.0, of_a + of_b)
-    return tl.div_rn(of_a, total), tl.div_rn(of_b, total), tl.where(nothing, float("-inf"), base + tl.log(total))
+    lse = tl.where(nothing, float("-inf"), base + tl.log(total))
+    return tl.div_rn(of_a, total), tl.div_rn(of_b, total), lse, a != float("-inf"), b != float("-inf")
 
 
 @triton.jit
@@ -53,9 +54,9 @@ def forward_kernel(
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     head, token, inside, column, mask = _rows(R, rows, HEADS, DIM, BLOCK_DIM)
-    w_a, w_b, lse = _weights(lse_a_ptr, lse_a_head, lse_a_stride, lse_b_ptr, lse_b_head, lse_b_stride, head, token, inside)
-    a = _load(a_ptr, a_stride, a_head, token, head, column, mask)
-    b = _load(b_ptr, b_stride, b_head, token, head, column, mask)
+    w_a, w_b, lse, sees_a, sees_b = _weights(lse_a_ptr, lse_a_head, lse_a_stride, lse_b_ptr, lse_b_head, lse_b_stride, head, token, inside)
+    a = _load(a_ptr, a_stride, a_head, token, head, column, mask & sees_a[:, None])
+    b = _load(b_ptr, b_stride, b_head, token, head, column, mask & sees_b[:, None])
     _store(out_ptr, w_a[:, None] * a + w_b[:, None] * b, token, head, column, mask, HEADS, DIM)
     tl.store(lse_ptr + head * (rows // HEADS) + token, lse, mask=inside)
 
@@ -70,25 +71,26 @@ def backward_kernel(
 ):  # fmt: skip
     """d lse_a = w_a · (g · (out_a − out) + g_lse), and out_a − out = w_b · (out_a − out_b)."""
     head, token, inside, column, mask = _rows(R, rows, HEADS, DIM, BLOCK_DIM)
-    w_a, w_b, _ = _weights(lse_a_ptr, lse_a_head, lse_a_stride, lse_b_ptr, lse_b_head, lse_b_stride, head, token, inside)
+    w_a, w_b, _, sees_a, sees_b = _weights(lse_a_ptr, lse_a_head, lse_a_stride, lse_b_ptr, lse_b_head, lse_b_stride, head, token, inside)
     grad, apart, grad_lse = tl.zeros([R, BLOCK_DIM], tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
     if HAS_GRAD:
         grad += _load(grad_ptr, grad_stride, grad_head, token, head, column, mask)
         if NEED_LSE_A or NEED_LSE_B:
-            a = _load(a_ptr, a_stride, a_head, token, head, column, mask)
-            b = _load(b_ptr, b_stride, b_head, token, head, column, mask)
-            apart += tl.sum(grad * (a - b), 1)
+            both = mask & (sees_a & sees_b)[:, None]
+            a = _load(a_ptr, a_stride, a_head, token, head, column, both)
+            b = _load(b_ptr, b_stride, b_head, token, head, column, both)
+            apart += tl.sum(tl.where(both, grad, 0.0) * (a - b), 1)
     if HAS_GRAD_LSE:
         grad_lse += tl.load(grad_lse_ptr + head * grad_lse_head + token * grad_lse_stride, mask=inside, other=0.0)
     at = head * (rows // HEADS) + token
     if NEED_A:
-        _store(grad_a_ptr, w_a[:, None] * grad, token, head, column, mask, HEADS, DIM)
+        _store(grad_a_ptr, tl.where(sees_a[:, None], w_a[:, None] * grad, 0.0), token, head, column, mask, HEADS, DIM)
     if NEED_B:
-        _store(grad_b_ptr, w_b[:, None] * grad, token, head, column, mask, HEADS, DIM)
+        _store(grad_b_ptr, tl.where(sees_b[:, None], w_b[:, None] * grad, 0.0), token, head, column, mask, HEADS, DIM)
     if NEED_LSE_A:
-        tl.store(grad_lse_a_ptr + at, w_a * (w_b * apart + grad_lse), mask=inside)
+        tl.store(grad_lse_a_ptr + at, tl.where(sees_a, w_a * (w_b * apart + grad_lse), 0.0), mask=inside)
     if NEED_LSE_B:
-        tl.store(grad_lse_b_ptr + at, w_b * (grad_lse - w_a * apart), mask=inside)
+        tl.store(grad_lse_b_ptr + at, tl.where(sees_b, w_b * (grad_lse - w_a * apart), 0.0), mask=inside)
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- launches

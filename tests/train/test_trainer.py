@@ -1,5 +1,6 @@
 """The step: normalisation, accumulation, clipping, empty steps, the non-finite guard, what is written and what is said."""
 
+import dataclasses
 import json
 import math
 
@@ -89,6 +90,19 @@ def test_a_step_with_nothing_supervised(tmp_path):
     for row in read_metrics(tmp_path / "metrics.jsonl"):
         assert row["loss"] == 0 and row["grad_norm"] == 0 and row["supervised_tokens"] == 0 and row["skipped"] == "nothing supervised"
     assert summary["skipped_steps"] == 2 and summary["first_loss"] is None and summary["tokens"] == 4 * TOKENS
+
+
+def test_a_row_that_no_trained_part_touches_has_gradient_zero(tmp_path):
+    """Stage 1 trains the projector alone; a row without an image still counts."""
+    text, mixed = dataclasses.replace(make_row(8), images=None, image_indices=None), make_row(9)
+    options = {"trainable": ("projector",), "clip": 1e9}
+    alone = make_trainer(tmp_path / "a", rows=[text], global_batch=1, **options)
+    loss, norm, supervised, _, problem = alone._gradients()
+    assert loss > 0 and norm == 0 and supervised == TOKENS // 2 and problem is None
+    assert not any(p.grad.any() for p in alone.trained.values())
+    together = step_gradients(make_trainer(tmp_path / "b", rows=[text, mixed], global_batch=2, **options))
+    halves = step_gradients(make_trainer(tmp_path / "c", rows=[mixed], global_batch=1, **options))
+    assert_close({name: 2 * grad for name, grad in together.items()}, halves)
 
 
 def test_only_the_recipes_parts_move(tmp_path):
