@@ -57,6 +57,7 @@ def plan_context_parallel(cu_seqlens, world_size, *, causal=True, window_size=(-
 
 def _checked_offsets(cu_seqlens):
     if isinstance(cu_seqlens, torch.Tensor):
+        cu_seqlens = _common.as_offsets("cu_seqlens", cu_seqlens)
         _common.check_cu_seqlens("cu_seqlens", cu_seqlens, cu_seqlens.device)
         cu_seqlens = cu_seqlens.cpu().numpy()
     offsets = np.asarray(cu_seqlens)

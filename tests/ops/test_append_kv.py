@@ -137,7 +137,7 @@ def _call(**change):
         ({"k_cache": torch.zeros(3, 4, 2, 32)}, r"k_cache has shape \(3, 4, 2, 32\); expected \(B, S, Hkv, D\) = \(2, 'any', 'any', 32\)"),
         ({"v_cache": torch.zeros(2, 5, 2, 32)}, r"v_cache has shape .* expected the shape of k_cache"),
         ({"k_cache": torch.zeros(2, 4, 1, 32), "v_cache": torch.zeros(2, 4, 1, 32)}, r"k has 2 heads but k_cache has 1"),
-        ({"cache_seqlens": torch.tensor([1, 3])}, r"cache_seqlens has dtype torch.int64; expected int32. Remedy: cache_seqlens.to"),
+        ({"cache_seqlens": torch.tensor([1.0, 3.0])}, r"cache_seqlens has dtype torch.float32; expected int32. Remedy: cache_seqlens.to"),
         ({"cache_seqlens": _int32(1)}, r"cache_seqlens has shape \(1,\); expected \(B,\) = \(2,\)"),
         ({"cache_seqlens": _int32(3, 3)}, r"sequence 0 has 3 tokens in the cache and 2 new ones, but its cache holds 0 to 4"),
         ({"cache_seqlens": _int32(-1, 3)}, r"sequence 0 has -1 tokens in the cache"),

@@ -181,7 +181,7 @@ def _call(**change):
         ({"cache_seqlens": _int32(5, 3)}, r"cache_seqlens: sequence 0 has length 5, but its cache holds 0 to 4"),
         ({"cache_seqlens": _int32(4, -3)}, r"cache_seqlens: sequence 1 has length -3"),
         ({"cu_seqlens_q": _int32(0, 2, 2)}, r"cu_seqlens_q ends at 2 but there are 3 tokens"),
-        ({"cu_seqlens_q": torch.tensor([0, 2, 3])}, r"cu_seqlens_q has dtype torch.int64; expected int32"),
+        ({"cu_seqlens_q": torch.tensor([0, 2, 3], dtype=torch.int16)}, r"cu_seqlens_q has dtype torch.int16; expected int32"),
         ({"block_table": torch.tensor([[0], [-1]], dtype=torch.int32)}, r"block_table: sequence 1 uses block -1; expected 0 to 1"),
         ({"k_cache": torch.zeros(2, 4, 2, 32, dtype=torch.int32)}, r"k_cache has dtype int32; expected one of"),
         ({"window_size": (-5, -1)}, r"window_size is \(-5, -1\); expected \(left, right\), two ints of at least -1"),

@@ -271,7 +271,7 @@ def call(*, q=(10, 4, 32), k=(10, 2, 32), v=None, cu_q=(0, 4, 10), cu_k=None, dt
     ({"cu_q": (0,)}, "cu_seqlens_q ends at 0 but there are 10 tokens"),
     ({"q": torch.zeros(10, 4, 64)[..., :32], "cu_q": (0,)}, "cu_seqlens_q names no document, but there are 10 queries and 10 keys"),
     ({"cu_q": (0, 7, 4, 10)}, "cu_seqlens_q falls from 7 to 4 at index 2"),
-    ({"cu_q": torch.tensor([0, 10])}, r"cu_seqlens_q has dtype torch.int64; expected int32. Remedy: cu_seqlens_q.to\(torch.int32\)"),
+    ({"cu_q": torch.tensor([0.0, 10.0])}, r"cu_seqlens_q has dtype torch.float32; expected int32. Remedy: cu_seqlens_q.to\(torch.int32\)"),
     ({"k": (7, 2, 32)}, "q has 10 tokens but k has 7; give cu_seqlens_k"),
     ({"k": (7, 2, 32), "cu_k": (0, 7)}, "cu_seqlens_q has 3 entries but cu_seqlens_k has 2"),
     ({"k": (7, 2, 32), "cu_k": (0, 2, 8)}, "cu_seqlens_k ends at 8 but there are 7 tokens"),

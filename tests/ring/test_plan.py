@@ -221,7 +221,7 @@ def test_the_cost_model_chooses():
         (([1, 5], 2), "cu_seqlens starts at 1; expected 0"),
         (([0, 5, 3], 2), "cu_seqlens falls from 5 to 3 at index 2"),
         (([[0, 5]], 2), r"expected \(n_docs \+ 1,\) integers"),
-        ((torch.tensor([0, 5]), 2), "cu_seqlens has dtype torch.int64; expected int32"),
+        ((torch.tensor([0.0, 5.0]), 2), "cu_seqlens has dtype torch.float32; expected int32"),
         (([0, 5], 2, {"layout": "random"}), "layout is 'random'; expected one of balanced, zigzag, contiguous"),
         (([0, 5], 4, {"ranks_per_node": 3}), "ranks_per_node is 3; expected a divisor of world_size = 4"),
         (([0, 5], 4, {"window_size": (-2, 0)}), r"window_size is \(-2, 0\)"),
