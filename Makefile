@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 .PHONY: help install demo test test-all seeds isa bench cuda-check lint clean
 
 help:
-	@echo "make demo       train a tiny Long-VITA through all four stages and ask it questions (OUT=$(OUT), ARGS=--quick for a first look, --full for longer training)"
+	@echo "make demo       train a tiny Long-VITA through all four stages and ask it questions (OUT=$(OUT); a first look: ARGS=--quick OUT=demo-quick; longer training: ARGS=--full OUT=demo-full)"
 	@echo "make test       the tests"
 	@echo "make test-all   the tests and everything slow that 'make test' leaves out; writes tests/RESULTS.md"
 	@echo "make seeds      the tests of the ops, once for each seed of their samples in SEEDS (\"$(SEEDS)\")"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from longvita.cli.errors import OK, Boundary
+from longvita.cli.errors import INTERRUPTED, OK, Boundary
 from longvita.threads import keep_to_quota, set_wait_policy
 
 
@@ -26,7 +27,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command(
         "train a tiny Long-VITA through all four stages on real data, then ask it questions",
-        "longvita demo --quick --out demo-out",
+        "longvita demo --quick --out demo-quick",
     ),
     "train": Command("train from a run-config JSON, or go on with a run that was stopped", "longvita train run.json --out runs/mine"),
     "chat": Command(
@@ -63,7 +64,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="longvita",
         description="Train and run Long-VITA models: images, hours of video and long text in one context.",
-        epilog="example:\n  longvita demo --quick --out demo-out",
+        epilog="example:\n  longvita demo --quick --out demo-quick",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
@@ -84,6 +85,14 @@ def version() -> str:
         return metadata.version("longvita")
     except metadata.PackageNotFoundError:
         return "unknown (not installed)"
+
+
+def entry() -> int:
+    """The console script: `main`, after which a second Ctrl-C does not disturb the exit of an interrupted command."""
+    code = main()
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,6 @@
 
 import sys
 
-from longvita.cli import main
+from longvita.cli import entry
 
-sys.exit(main())
+sys.exit(entry())

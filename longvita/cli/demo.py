@@ -19,12 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="demo-out", metavar="DIR", help="where everything goes; the same command resumes (default: demo-out)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and weights (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of data and weights (default: 0)")
+
+
+def seed(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
     from longvita.demo.plan import make_plan
+    from longvita_kernels import backends, native
 
+    native.load(), backends.requested()  # what LONGVITA_ISA and LONGVITA_BACKEND say is checked before the directory is claimed
     name = "quick" if args.quick else "full" if args.full else "default"
     plan = make_plan(name, args.seed)
     from longvita.demo.report import lines

@@ -52,6 +52,7 @@ def examine(directory: str | os.PathLike[str] = ".") -> dict[str, Any]:
         "core_quota": threads.core_quota(),  # a limit on CPU time, in cores
         "torch": _torch(),
         "native": _native(),
+        "backend": _backend(),
         "cuda_kernels": _cuda_kernels(),
         "openmp_runtimes": openmp_runtimes(),  # after torch and the native core are loaded
         "wait_policy": threads.wait_policy(),
@@ -74,6 +75,8 @@ def problems(report: dict[str, Any]) -> list[str]:
         found.append(f"torch cannot be imported: {torch['missing']}. Install it with: pip install torch")
     if not native["loaded"]:
         found.append(f"the native core is not loaded, so every op runs its slow reference: {native['missing']}")
+    if report["backend"]["wrong"]:
+        found.append(f"LONGVITA_BACKEND: {report['backend']['wrong']}")
     if len(runtimes) > 1:
         found.append(f"{len(runtimes)} OpenMP runtimes in one process fight for the cores: {', '.join(runtimes)}; import torch first")
     if report["disk_free_bytes"] < MIN_FREE_DISK:
@@ -102,7 +105,7 @@ def print_report(report: dict[str, Any]) -> None:
         ("machine", f"{report['cpu']}, {report['cores']} cores{quota}, {report['platform']}"),
         ("memory", f"{_gib(report['memory_free_bytes'])} free of {_gib(report['memory_bytes'])}"),
         ("disk", f"{_gib(report['disk_free_bytes'])} free in {Path.cwd()}"),
-        ("torch", torch.get("missing") or f"{torch['version']}, {torch['threads']} threads, GPUs: {', '.join(torch['gpus']) or 'none'}"),
+        ("torch", torch.get("missing") or _torch_line(torch)),
         ("native core", _native_line(native)),
         *([("CUDA kernels", report["cuda_kernels"] or "loaded")] if torch.get("gpus") else []),
         ("OpenMP", f"{', '.join(report['openmp_runtimes']) or 'no runtime loaded'}; wait policy: {report['wait_policy']}"),
@@ -118,6 +121,11 @@ def print_report(report: dict[str, Any]) -> None:
         for text in report[f"{kind}s"]:
             print(f"{kind}: {text}")
     print(f"{len(report['problems'])} problem(s) found." if report["problems"] else "No problems found.")
+
+
+def _torch_line(torch: dict[str, Any]) -> str:
+    fixed = f" (fixed by {', '.join(torch['threads_fixed_by'])})" if torch["threads_fixed_by"] else ""
+    return f"{torch['version']}, {torch['threads']} threads{fixed}, GPUs: {', '.join(torch['gpus']) or 'none'}"
 
 
 def _native_line(native: dict[str, Any]) -> str:
@@ -143,7 +151,18 @@ def _torch() -> dict[str, Any]:
     except ImportError as error:
         return {"missing": str(error)}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"version": torch.__version__, "threads": torch.get_num_threads(), "gpus": gpus}
+    fixed = [f"{name}={os.environ[name]}" for name in threads.FIXED_BY if os.environ.get(name)]
+    return {"version": torch.__version__, "threads": torch.get_num_threads(), "threads_fixed_by": fixed, "gpus": gpus}
+
+
+def _backend() -> dict[str, str | None]:
+    """The backend that LONGVITA_BACKEND asks for, or why that cannot be."""
+    try:
+        from longvita_kernels import backends
+
+        return {"requested": backends.requested(), "wrong": None}
+    except (ImportError, ValueError, RuntimeError) as error:
+        return {"requested": None, "wrong": str(error)}
 
 
 def _cuda_kernels() -> str | None:

@@ -22,8 +22,8 @@ def lengths(text: str) -> list[int]:
     """ "1024,2K,8k" → [1024, 2048, 8192], ascending."""
     units = {"K": 2**10, "M": 2**20}
     found = []
-    for part in text.upper().split(","):
-        number, unit = (part[:-1], units[part[-1]]) if part[-1:] in units else (part, 1)
+    for part in text.split(","):
+        number, unit = (part[:-1], units[part[-1].upper()]) if part[-1:].upper() in units else (part, 1)
         if not number.strip().isdigit() or int(number) < 1:
             raise argparse.ArgumentTypeError(f"expected token counts like 1024,2K,8K; got {part!r}")
         found.append(int(number) * unit)
@@ -84,9 +84,10 @@ def run(args: argparse.Namespace) -> None:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if args.plot:
+        from longvita.eval.needle import CHANCE
         from longvita.eval.plots import needle_plot
 
-        needle_plot({kind: result[kind] for kind in kinds}, args.plot)
+        needle_plot({kind: result[kind] for kind in kinds}, args.plot, chance=CHANCE)
     for kind in kinds:
         print("\n".join(table(kind, result[kind])))
 

@@ -20,13 +20,12 @@ import torch
 from longvita.data.schema import Sample
 from longvita.demo.rows import image_path
 from longvita.eval import haystack
-from longvita.eval.needle import KINDS, score
+from longvita.eval.needle import CHANCE, KINDS, score
 from longvita.eval.plots import loss_plot, needle_plot
 from longvita.infer.engine import generate
 from longvita.model.checkpoint_io import atomic_write_bytes, atomic_write_json
 from longvita.train.metrics import read_metrics
 
-CHANCE = 0.1
 CONTROL_ALARM = 0.001  # how rarely a control at chance may look as if it were above
 EXAMPLE_SEED = 77
 
@@ -138,7 +137,8 @@ def lines(report: dict, out: Path) -> list[str]:
         f"{report['peak_rss_bytes'] / 2**30:.2f} GiB of memory at most"
     )
     text.append(f"report: {out / 'report.json'}   pictures: loss.png, needle.png   answers: {out / 'answers.html'}")
-    text.append(f'talk to it: longvita chat --run {os.path.relpath(out)} --image digit.jpg --prompt "{haystack.IMAGE_QUESTION}"')
+    run, image = os.path.relpath(out), os.path.relpath(out / "material" / image_path("held_out", 7))
+    text.append(f'talk to it: longvita chat --run {run} --image {image} --prompt "{haystack.IMAGE_QUESTION}"')
     for kind in report["above_chance"]:
         text.append(
             f"CONTROL FAILED: without the needle the model answers more {kind} questions than by chance, so its score does not show that "
@@ -190,7 +190,8 @@ def page(demo, report: dict) -> str:
     sections = [
         (
             "Images",
-            f"{report['image_accuracy']:.1%} of {report['image_questions']} held-out digits read correctly{verdict(report, 'images')}.",
+            f"{report['image_accuracy']:.1%} of {report['image_questions']} held-out digits read correctly{verdict(report, 'images')}. "
+            "Ten of them, chosen at random:",
             image_cards(demo, rng, ask),
         ),
         ("Long videos", _needle_words(report, "video"), video_cards(demo, processor, rng, ask)),
@@ -217,7 +218,7 @@ def _needle_words(report: dict, kind: str) -> str:
     return (
         f"{hay}. At {full['length']:,} tokens {full['accuracy']:.0%} of {full['questions']} questions are answered correctly"
         f"{verdict(report, kind)}; with the needle removed {removed['accuracy']:.0%} (chance is {report['chance']:.0%}), and by the model "
-        f"of stage 2, which never saw more than a fraction of that length, {grid['stage2_model']['accuracy']:.0%}."
+        f"of stage 2, which never saw more than {report['stages'][1]['sequence_length']:,} tokens, {grid['stage2_model']['accuracy']:.0%}."
     )
 
 

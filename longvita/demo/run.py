@@ -27,7 +27,7 @@ from longvita.model.loading import find_weights, load
 from longvita.model.long_vita import LongVita
 from longvita.threads import AdaptiveThreads
 from longvita.train.metrics import peak_rss_bytes
-from longvita.train.trainer import Trainer
+from longvita.train.trainer import Trainer, only_writer
 
 Tell = Callable[[str], None]
 VERSION = 2  # of the files in results/
@@ -47,8 +47,14 @@ class Demo:
         self.processor = material.make_processor(self.config, self.tokenizer, self.material)
 
     def run(self) -> dict:
-        """Does what is still to do and returns the report."""
+        """Does what is still to do and returns the report. One process at a time: ValueError in a second one."""
+        with only_writer(self.out):
+            return self._run()
+
+    def _run(self) -> dict:
         self.tell(announcement(self.plan, self.out, self.config.num_params()))
+        done = [name for name in ("estimate", "material", "pretrained") if (self.out / "results" / f"{name}.json").exists()]
+        self.tell(f"done before: {', '.join(done)}" if done else "timing a few steps on this machine …")
         started = time.perf_counter()
         expected = self._once("estimate", self._estimate)
         prepared = self._once("material", self._prepare)

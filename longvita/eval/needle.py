@@ -25,6 +25,7 @@ from longvita.infer.engine import generate_ids
 from longvita.model.loading import load
 
 KINDS = ("video", "text")
+CHANCE = 0.1  # of ten digits
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TOKENS_AT_ONCE = 32768
 ANSWER_TOKENS = {"video": 4, "text": 12}

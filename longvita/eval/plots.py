@@ -130,7 +130,7 @@ def _finish_loss(axes: Axes, stages: Mapping[str, Sequence[Mapping[str, Any]]], 
         axes.set_ylim(low, high + room * (high - low))
     axes.set(title=title, ylabel="loss per supervised token", xlim=(0, max(end, 1)))
     axes.plot([], [], color=INK, alpha=0.35, linewidth=0.8, label="each logged step")
-    axes.plot([], [], color=INK, linewidth=2.2, label="smoothed")
+    axes.plot([], [], color=INK, linewidth=2.2, label=f"smoothed (numbers: mean of the first and last {ENDS} steps)")
     axes.legend(loc="lower left", fontsize=8.5, ncols=2)
 
 

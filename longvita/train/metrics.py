@@ -138,14 +138,15 @@ class Progress:
         self.stream = sys.stderr if stream is None else stream
         self.mode = ("bar" if self.stream.isatty() else "lines") if mode == "auto" else mode
         self.name, self.steps, self.log_every = name, steps, log_every
-        self._seconds = None
+        self._seconds, self._rows = 0.0, 0
         self._bar = None
         if self.mode == "bar":
             self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", file=self.stream, dynamic_ncols=True, mininterval=0.2)
 
     def update(self, row: dict) -> None:
         """Takes one metrics row."""
-        self._seconds = row["seconds"] if self._seconds is None else 0.9 * self._seconds + 0.1 * row["seconds"]
+        self._rows += 1  # the first step of a process is slower than all others, so the second begins the mean anew
+        self._seconds = row["seconds"] if self._rows <= 2 else 0.9 * self._seconds + 0.1 * row["seconds"]
         if self._bar is not None:
             self._bar.set_postfix_str(self._figures(row), refresh=False)
             self._bar.update()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 import random
 import signal
 import threading
@@ -102,7 +103,7 @@ class Trainer:
             log = None
             if main:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_only_writer(self.run_dir))
+                stack.enter_context(only_writer(self.run_dir))
                 self._write_description()
                 log = MetricsLog(self.run_dir / "metrics.jsonl", self.step)
                 stack.callback(log.close)
@@ -367,6 +368,7 @@ def _interrupt_flag():
     def handle(number, frame):
         signal.signal(signal.SIGINT, previous)
         flag.set()
+        os.write(2, b"\nstopping after this step, then saving; Ctrl-C again stops at once\n")  # print is not safe in a signal handler
 
     previous = signal.signal(signal.SIGINT, handle)
     try:
@@ -376,11 +378,11 @@ def _interrupt_flag():
 
 
 @contextmanager
-def _only_writer(run_dir: Path):
-    """Holds the directory's lock; the system releases it when the process ends, however that happens."""
-    with open(run_dir / ".lock", "w") as file:
+def only_writer(directory: Path):
+    """Holds the directory's lock, or raises ValueError; the system releases it when the process ends, however that happens."""
+    with open(directory / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is training in {run_dir}: wait for it, or choose another output directory") from None
+            raise ValueError(f"another process is working in {directory}: wait for it, or choose another output directory") from None
         yield

@@ -9,6 +9,7 @@ from longvita.cli import doctor
 HEALTHY = {
     "torch": {"version": "2.13.0", "threads": 2, "gpus": []},
     "native": {"loaded": True, "isa": "avx2", "built_isas": {"portable": True, "avx2": True}, "isa_cap": None},
+    "backend": {"requested": None, "wrong": None},
     "openmp_runtimes": ["/torch/lib/libgomp.so.1"],
     "disk_free_bytes": 10 * doctor.GIB,
     "memory_free_bytes": 10 * doctor.GIB,
@@ -30,6 +31,11 @@ def test_lines_say_the_same(longvita):
     for word in ("python", "torch", "native core", "OpenMP", "memory", "disk"):
         assert any(line.startswith(word) for line in result.out.splitlines())
     assert ("No problems found." in result.out) == (result.code == 0)
+
+
+def test_a_fixed_number_of_threads_is_told(longvita, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert "threads (fixed by OMP_NUM_THREADS=3), GPUs" in longvita("doctor").out
 
 
 def test_a_limit_on_cpu_time_is_told(longvita, monkeypatch):
@@ -58,6 +64,7 @@ def test_a_healthy_machine_has_no_problems():
         ({"torch": {"missing": "No module named 'torch'"}}, "No module named 'torch'. Install it with: pip install torch"),
         ({"native": {"loaded": False, "missing": "not built; run setup.py"}}, "every op runs its slow reference: not built; run setup.py"),
         ({"openmp_runtimes": ["/a/libgomp.so.1", "/b/libiomp5.so"]}, "2 OpenMP runtimes in one process fight for the cores"),
+        ({"backend": {"requested": None, "wrong": "unknown backend 'x'"}}, "LONGVITA_BACKEND: unknown backend 'x'"),
         ({"disk_free_bytes": 10}, "of disk are free"),
         ({"memory_free_bytes": 10}, "of memory are free"),
     ],

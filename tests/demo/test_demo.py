@@ -62,7 +62,7 @@ def test_the_report_has_what_was_promised(finished):
 
 def test_an_estimate_is_made_before_the_work_and_kept_beside_the_time_it_took(finished):
     report, _, said = finished
-    assert re.search(r"this machine: .* threads?, float32\): about [\d.]+ minutes in all", said[1])
+    assert re.search(r"this machine: .* threads?, float32\): about [\d.]+ minutes in all", said[2])
     estimated = report["estimated"]
     assert set(estimated["parts"]) == set(estimate.PARTS) < set(report["seconds"])
     assert all(value > 0 for value in [*estimated["parts"].values(), *estimated["units"].values(), report["seconds"]["total"]])
@@ -226,6 +226,12 @@ def test_an_interrupted_demo_goes_on_to_the_same_result(finished, tmp_path, monk
             expected["first_loss"], expected["last_loss"], expected["tokens"],
         )  # fmt: skip
     assert resumed["needle"]["text"]["accuracy"] == report["needle"]["text"]["accuracy"]
+
+
+def test_two_demos_do_not_share_a_directory(tmp_path):
+    demo = Demo(miniature(), tmp_path, progress="quiet", tell=lambda _: None)
+    with trainer.only_writer(tmp_path), pytest.raises(ValueError, match="another process is working in .*: wait for it, or choose another"):
+        demo.run()
 
 
 def test_another_demo_s_directory_is_refused(finished):

@@ -252,7 +252,7 @@ def test_bad_batches_are_explained(tmp_path):
 
 def test_two_processes_cannot_share_a_run_directory(tmp_path):
     def start_another(step, row):
-        with pytest.raises(ValueError, match="another process is training in .*: wait for it, or choose another"):
+        with pytest.raises(ValueError, match="another process is working in .*: wait for it, or choose another"):
             make_trainer(tmp_path, steps=2).train()
 
     make_trainer(tmp_path, steps=2, on_step=start_another).train()
