@@ -366,7 +366,8 @@ def _interrupt_flag():
         return
 
     def handle(number, frame):
-        signal.signal(signal.SIGINT, previous)
+        # A shell lets its background jobs ignore Ctrl-C; who sends the signal twice all the same means it.
+        signal.signal(signal.SIGINT, previous if callable(previous) else signal.default_int_handler)
         flag.set()
         os.write(2, b"\nstopping after this step, then saving; Ctrl-C again stops at once\n")  # print is not safe in a signal handler
 

@@ -27,7 +27,7 @@ def asked(monkeypatch):
             options["progress"]("video 1024")
         return {kind: RESULT for kind in options["kinds"]}
 
-    monkeypatch.setitem(sys.modules, "longvita.eval.needle", types.SimpleNamespace(evaluate_run=evaluate_run))
+    monkeypatch.setitem(sys.modules, "longvita.eval.needle", types.SimpleNamespace(evaluate_run=evaluate_run, CHANCE=0.1))
     return calls
 
 
@@ -67,7 +67,7 @@ def test_the_table():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lengths", "1k,x"], "expected token counts like 1024,2K,8K; got 'X'"),
+        (["--lengths", "1k,x"], "expected token counts like 1024,2K,8K; got 'x'"),
         (["--lengths", "0"], "expected token counts"),
         (["--depths", "0,2"], "depths go from 0"),
         (["--depths", "a"], "expected shares from 0"),

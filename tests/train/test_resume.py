@@ -141,14 +141,23 @@ def test_interrupt_finishes_the_step_and_saves(tmp_path):
     assert learned(tmp_path / "whole") == learned(tmp_path / "cut")
 
 
-def test_a_second_interrupt_stops_at_once(tmp_path):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_second_interrupt_stops_at_once(tmp_path, before, capfd):
+    """Also in a background job of a shell, which begins with the signal ignored."""
+
     def twice(step, row):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt) as caught:
-        make_trainer(tmp_path, steps=9, on_step=twice).train()
+    found = signal.signal(signal.SIGINT, before)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            make_trainer(tmp_path, steps=9, on_step=twice).train()
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, found)
     assert str(caught.value) == "" and not list(tmp_path.glob("checkpoints/*"))
+    assert "stopping after this step, then saving; Ctrl-C again stops at once" in capfd.readouterr().err
 
 
 def test_interrupt_in_the_last_step_is_a_finished_run(tmp_path):
