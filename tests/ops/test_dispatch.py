@@ -93,10 +93,9 @@ def test_the_profiler_sees_the_op(inputs, listeners):
     assert listeners == ["dispatcher"]
 
 
-def test_functional_transforms_are_refused_rather_than_ignored(inputs, listeners):
-    with pytest.raises(RuntimeError, match="functorch"):
+def test_functional_transforms_are_refused_rather_than_ignored(inputs):
+    with pytest.raises(RuntimeError, match="does not work inside torch.func.grad"):
         torch.func.grad(lambda out: merge_attention(out, *inputs[1:])[0].sum())(inputs[0])
-    assert listeners == ["dispatcher"]
 
 
 def test_subclasses_go_through_the_dispatcher(inputs, listeners):

@@ -92,7 +92,7 @@ def test_tiles_do_not_touch_each_other():
 
 def test_errors_teach():
     x, *rest = _inputs()
-    with pytest.raises(ValueError, match=r"grid is \(3, 8\); expected \(rows, cols\) of patches, both even"):
+    with pytest.raises(ValueError, match=r"grid is \(3, 8\); expected \(rows, cols\) of patches, two even ints"):
         pixel_shuffle_projection(x, *rest, grid=(3, 8))
     with pytest.raises(ValueError, match=r"x has 25 rows per tile; expected 24 .* pass class_token=True"):
         pixel_shuffle_projection(x, *rest, grid=(4, 6), class_token=False)
