@@ -195,7 +195,7 @@ _merge = _common.define_op(
 def _samples(dtype, device, seed):
     generator = torch.Generator().manual_seed(seed)
 
-    def make(label, tokens, heads, dim, *, empty_a=0, empty_b=0, strided=False):
+    def make(label, tokens, heads, dim, *, empty_a=0, empty_b=0, unread=0.0, strided=False):
         width = 2 * dim if strided else dim
         outs = [torch.randn(tokens, heads, width, generator=generator).to(device, dtype)[..., :dim] for _ in "ab"]
         lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -203,12 +203,13 @@ def _samples(dtype, device, seed):
         lses = [3 * torch.randn(shape, generator=generator).to(device, lse_dtype) for _ in "ab"]
         lses = [lse.T if strided else lse for lse in lses]
         for out, lse, rows in zip(outs, lses, (empty_a, empty_b), strict=True):
-            out[:rows], lse[:, :rows] = 0.0, float("-inf")
+            out[:rows], lse[:, :rows] = unread, float("-inf")
         return SampleInput(label, (outs[0], lses[0], outs[1], lses[1]), {}, ("out_a", "lse_a", "out_b", "lse_b"))
 
     yield make("plain", 17, 4, 64)
     yield make("strided views, D 40", 13, 5, 40, strided=True)
     yield make("rows without keys", 11, 2, 32, empty_a=5, empty_b=3)
+    yield make("rows without keys that hold NaN", 11, 2, 40, empty_a=5, empty_b=3, unread=float("nan"))
     yield make("one token, one head, D 256", 1, 1, 256)
     yield make("no tokens", 0, 3, 32)
 
