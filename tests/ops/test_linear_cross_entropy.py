@@ -164,6 +164,11 @@ expected.backward()
 close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 close(loss, expected), close(leaves[0].grad, whole[0].grad), close(leaves[1].grad, whole[1].grad[start:stop])
 for a, b in zip(stats, expected_stats): close(a, b)
+for reduction in ("sum", "mean", "none"):  # a frozen head and nothing supervised
+    leaf, nothing = hidden.clone().requires_grad_(), torch.full((40,), -100)
+    part = weight[start:stop]
+    linear_cross_entropy(leaf, part, nothing, reduction=reduction, vocab_start=start, vocab_group=dist.group.WORLD).sum().backward()
+    assert torch.equal(leaf.grad, torch.zeros_like(leaf)), reduction
 labels[3] = 70
 try:
     linear_cross_entropy(*leaves, labels, vocab_start=start, vocab_group=dist.group.WORLD)
