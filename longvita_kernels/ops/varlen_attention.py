@@ -154,8 +154,9 @@ def _check(q, k, v, cu_q, cu_k):
     if cu_k is not cu_q:
         _common.check_cu_seqlens("cu_seqlens_k", cu_k, q.device)
         if cu_q.shape != cu_k.shape:
-            raise ValueError(f"cu_seqlens_q has {len(cu_q)} entries but cu_seqlens_k has {len(cu_k)}; both describe the same documents")
-    if len(cu_q) == 1 and q.shape[0] + k.shape[0]:  # a kernel would read the offset behind it
+            entries = f"cu_seqlens_q has {cu_q.shape[0]} entries but cu_seqlens_k has {cu_k.shape[0]}"
+            raise ValueError(f"{entries}; both describe the same documents")
+    if cu_q.shape[0] == 1 and q.shape[0] + k.shape[0]:  # a kernel would read the offset behind it
         raise ValueError(f"cu_seqlens_q names no document, but there are {q.shape[0]} queries and {k.shape[0]} keys; end it with them")
 
 

@@ -191,6 +191,22 @@ def test_other_grids_need_no_other_graph():
     assert len(graphs) <= 2
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_takes_other_numbers_of_documents(strict):
+    """From views of one qkv tensor, as models pass them."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, qkv, cu_seqlens):
+            return varlen_attention(qkv[:, :4], qkv[:, 4:6], qkv[:, 6:], cu_seqlens)
+
+    tokens, entries = torch.export.Dim("tokens", min=2, max=4096), torch.export.Dim("entries", min=2, max=512)
+    given = torch.randn(12, 8, 32), torch.tensor([0, 5, 12], dtype=torch.int32)
+    shapes = {"qkv": {0: tokens}, "cu_seqlens": {0: entries}}
+    program = torch.export.export(Attention(), given, dynamic_shapes=shapes, strict=strict).module()
+    other = torch.randn(30, 8, 32), torch.tensor([0, 3, 9, 20, 30], dtype=torch.int32)
+    assert torch.equal(program(*other), Attention()(*other))
+
+
 _RING = """
 import torch
 import torch.distributed as dist
